@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'BadImage', 'decode_image', 'fit_image', 'load_image']
 
-# %% ../../nbs/data/00_images.ipynb #285f9ef9
+# %% ../../nbs/data/00_images.ipynb #d4e305e4
 import io, threading, warnings
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from PIL import Image, UnidentifiedImageError
 
 from ..core import BdnbError
 
-# %% ../../nbs/data/00_images.ipynb #7400d2ed
+# %% ../../nbs/data/00_images.ipynb #0a1f0896
 class BadImage(BdnbError):
     "An image that cannot be used: the message names it and says why."
 
-# %% ../../nbs/data/00_images.ipynb #ae2db299
+# %% ../../nbs/data/00_images.ipynb #c00eaeb8
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')     # what is decoded; everything else is refused
 MAX_PIXELS = 2**26                                                 # default bound on width x height
 _open_lock = threading.Lock()
@@ -51,7 +51,7 @@ def _open(f, name, max_pixels):
         raise BadImage(f'{name}: too many pixels ({im.width} x {im.height}, at most {max_pixels:,}); nothing was decoded')
     return im
 
-# %% ../../nbs/data/00_images.ipynb #feda69f9
+# %% ../../nbs/data/00_images.ipynb #0dfcc79d
 def _eight_bits(im):
     "A grey image of more than 8 bits as 8-bit grey ('L')."
     x = np.asarray(im).astype(np.float64)
@@ -86,13 +86,17 @@ def decode_image(
         except Exception as e:   # decoders of hostile bytes raise almost anything: OSError, SyntaxError, struct.error, zlib.error
             raise BadImage(f'{name}: damaged image: {str(e) or type(e).__name__}') from e
 
-# %% ../../nbs/data/00_images.ipynb #c551834a
-def _box(w, h, size):
-    "The box of a w x h image that 'resize the short side to `size`, then centre crop' would show."
-    short = min(w, h)
+# %% ../../nbs/data/00_images.ipynb #ffc3fd75
+def _crop_resize(im, size):
+    "Short side to `size`, then the centre square."
+    w, h = im.size
     nw, nh = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
     left, top = int(round((nw - size) / 2)), int(round((nh - size) / 2))
-    return left * w / nw, top * h / nh, min((left + size) * w / nw, w), min((top + size) * h / nh, h)
+    if nw * nh > MAX_PIXELS:
+        sx, sy = w / nw, h / nh
+        box = left * sx, top * sy, min((left + size) * sx, w), min((top + size) * sy, h)
+        return im.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return im.resize((nw, nh), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 def fit_image(
     im:Image.Image,  # an RGB image
@@ -101,9 +105,9 @@ def fit_image(
 )->torch.Tensor:     # uint8 [3, H, W]
     "An RGB image as bytes, made square when `size` is given (bicubic, antialiased)."
     if fit not in ('crop', 'squash'): raise BdnbError(f"unknown fit {fit!r}; known: crop, squash")
+    if size is not None and not 1 <= size <= 4096: raise BdnbError(f'size must be 1 to 4,096 pixels, not {size}')
     if size is not None and im.size != (size, size):
-        if size < 1: raise BdnbError(f'size must be 1 or more, not {size}')
-        im = im.resize((size, size), Image.Resampling.BICUBIC, box=_box(*im.size, size) if fit == 'crop' else None)
+        im = _crop_resize(im, size) if fit == 'crop' else im.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
 
 def load_image(
