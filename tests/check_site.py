@@ -96,7 +96,8 @@ def source_problems(top):
     problems += [f'_quarto.yml: the sidebar lists {e} twice' for e in sorted(set(listed)) if listed.count(e) > 1]
     problems += [f'_quarto.yml: the sidebar lacks {n}' for n in names if n not in listed]
     for page in pages: problems += link_problems(page, top, nbs)
-    for page in sorted([*top.glob('*.md'), *nbs.rglob('*.md')]): problems += link_problems(page, top, nbs if nbs in page.parents else top)
+    for page in sorted([*top.glob('*.md'), *nbs.rglob('*.md')]):
+        problems += link_problems(page, top, nbs if nbs in page.parents else top)
     return problems
 
 

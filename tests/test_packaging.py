@@ -2,6 +2,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -62,12 +63,11 @@ def test_citation():
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
     "The wheel of this tree, built without network from a copy (setuptools writes beside what it builds)."
-    import shutil
     tree, out = tmp_path_factory.mktemp('tree'), tmp_path_factory.mktemp('wheel')
-    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE', 'CHANGELOG.md'): shutil.copy(top/name, tree)
+    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(top/name, tree)
     shutil.copytree(top/'bdnb', tree/'bdnb', ignore=shutil.ignore_patterns('__pycache__'))
-    done = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', str(out), str(tree)],
-                          capture_output=True, text=True, timeout=300)
+    command = ['-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', str(out), str(tree)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     [path] = out.glob('*.whl')
     with zipfile.ZipFile(path) as archive: yield archive

@@ -2,6 +2,7 @@
 import ast
 import filecmp
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ sys.path.insert(0, str(top/'tools'))
 
 
 def nbdev(command, cwd):
-    "Run one nbdev command in `cwd` with this interpreter, away from the marks that nbdev_test leaves in the environment."
+    "Run one nbdev command in `cwd` with this interpreter, without the mark that nbdev_test leaves in the environment."
     code = f'import os; os.environ.pop("IN_TEST", None); from nbdev.cli import {command}; {command}.__wrapped__()'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=cwd, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -41,7 +42,8 @@ def test_package_is_what_the_notebooks_export(copy):
     made = {p.relative_to(copy/'bdnb') for p in (copy/'bdnb').rglob('*.py')}
     kept = {p.relative_to(lib) for p in modules}
     wrong = [f'bdnb/{p} differs' for p in sorted(made & kept) if not filecmp.cmp(copy/'bdnb'/p, lib/p, shallow=False)]
-    wrong += [f'bdnb/{p} is missing' for p in sorted(made - kept)] + [f'bdnb/{p} comes from no notebook' for p in sorted(kept - made)]
+    wrong += [f'bdnb/{p} is missing' for p in sorted(made - kept)]
+    wrong += [f'bdnb/{p} comes from no notebook' for p in sorted(kept - made)]
     assert not wrong, 'the package and its notebooks disagree; run `make build`:\n' + '\n'.join(wrong)
 
 
@@ -61,14 +63,14 @@ def test_readme_maker(tmp_path):
     cell = lambda source, *outputs: dict(cell_type='code', source=[source], outputs=list(outputs))
     shown = dict(output_type='display_data', data={'text/markdown': ['| a |\n', '|---|']})
     text = render(dict(cells=[
-        dict(cell_type='markdown', source=['# T\n', '[x](a/b.ipynb#c) [y](https://e.org/blob/main/LICENSE) [z](#t) ![p](i.svg)']),
+        dict(cell_type='markdown', source=['# T\n', '[x](a/b.ipynb#c) [y](https://e.org/main/LICENSE) [z](#t) ![p](i.svg)']),
         dict(cell_type='raw', source=['---']), cell('#| hide\nsecret = 1', shown), cell('#| echo: false\nquiet()', shown),
-        cell('loud()', dict(output_type='stream', text=['said\n']))]), 'nbs/', 'https://e.org/blob/main/')
+        cell('loud()', dict(output_type='stream', text=['said\n']))]), 'nbs/', 'https://e.org/main/')
     assert '[x](nbs/a/b.ipynb#c) [y](LICENSE) [z](#t) ![p](nbs/i.svg)' in text
     assert text.count('| a |') == 1 and '```python\nloud()\n```\n\n```\nsaid\n```' in text
     assert 'secret' not in text and 'quiet' not in text and '---\n' not in text.replace('|---|\n', '')
-    with pytest.raises(SystemExit, match='save the picture'):
-        render(dict(cells=[cell('draw()', dict(output_type='display_data', data={'image/png': 'AA', 'text/plain': ['<Figure>']}))]))
+    picture = dict(output_type='display_data', data={'image/png': 'AA', 'text/plain': ['<Figure>']})
+    with pytest.raises(SystemExit, match='save the picture'): render(dict(cells=[cell('draw()', picture)]))
 
 
 def test_internal_links_resolve():
@@ -80,15 +82,15 @@ def write_site(folder, text):
     "A tiny site: one index whose markdown is `text`, one other notebook, one picture."
     (folder/'nbs/data').mkdir(parents=True)
     (folder/'_quarto.yml').write_text('website: {sidebar: {contents: [index.ipynb, {section: Data, contents: [data/a.ipynb]}]}}')
-    save = lambda name, source: (folder/'nbs'/name).write_text(json.dumps(dict(cells=[dict(cell_type='markdown', source=[source])])))
-    save('index.ipynb', text)
-    save('data/a.ipynb', '# The `a` room\n## 1.2 Why?\n## Why?\n### Own {#mine}')
+    for name, source in {'index': text, 'data/a': '# The `a` room\n## 1.2 Why?\n## Why?\n### Own {#mine}'}.items():
+        (folder/f'nbs/{name}.ipynb').write_text(json.dumps(dict(cells=[dict(cell_type='markdown', source=[source])])))
     (folder/'nbs/p.svg').write_text('<svg/>')
     (folder/'README.md').write_text('[n](nbs/data/a.ipynb)')
     return folder
 
 
-good = '[a](data/a.ipynb) [b](data/a.ipynb#the-a-room) [c](data/a.ipynb#mine) [w](data/a.ipynb#why-1) ![p](p.svg) [u](https://e.org/x) `[not](a.link)`'
+good = '''[a](data/a.ipynb) [b](data/a.ipynb#the-a-room) [c](data/a.ipynb#mine) [w](data/a.ipynb#why-1)
+![p](p.svg) [u](https://e.org/x) `[not](a.link)`'''
 
 
 def test_link_checker_is_content_with_a_good_site(tmp_path):
@@ -96,8 +98,9 @@ def test_link_checker_is_content_with_a_good_site(tmp_path):
 
 
 @pytest.mark.parametrize('bad, complaint', [
-    ('[x](data/b.ipynb)', 'does not exist'), ('![x](q.svg)', 'does not exist'), ('[x](data/a.ipynb#nowhere)', 'names no heading'),
-    ('[x](../README.md)', 'leads out of nbs'), ('<a href="z.html">x</a>', 'does not exist'), ('[x]\n\n[x]: gone.md', 'does not exist')])
+    ('[x](data/b.ipynb)', 'does not exist'), ('![x](q.svg)', 'does not exist'), ('<a href="z.html">x</a>', 'does not exist'),
+    ('[x]\n\n[x]: gone.md', 'does not exist'), ('[x](../README.md)', 'leads out of nbs'),
+    ('[x](data/a.ipynb#no)', 'names no heading')])
 def test_link_checker_sees(tmp_path, bad, complaint):
     problems = source_problems(write_site(tmp_path, bad))
     assert len(problems) == 1 and complaint in problems[0] and problems[0].startswith('nbs/index.ipynb: ')
@@ -112,7 +115,7 @@ def test_link_checker_sees_the_sidebar(tmp_path):
 
 
 def test_link_checker_reads_rendered_pages(tmp_path):
-    (tmp_path/'index.html').write_text('<a href="b.html#x">1</a><a href="b.html#y">2</a><img src="c.png"><a href="https://e.org">3</a>')
+    (tmp_path/'index.html').write_text('<a href="b.html#x">1</a><a href="b.html#y">2</a><img src="c.png"><a href="data:x"></a>')
     (tmp_path/'b.html').write_text('<h1 id="x">X</h1><a href="./">home</a>')
     assert built_problems(tmp_path) == ['index.html: b.html#y names no place in b.html', 'index.html: c.png does not exist']
     assert built_problems(tmp_path/'empty')
@@ -127,7 +130,8 @@ def test_site_configuration():
     ini.read(top/'settings.ini', encoding='utf-8')
     assert quarto['format']['html']['html-math-method'] == 'mathml' and 'commonmark' not in quarto['format']
     assert (nbs/quarto['format']['html']['css']).exists() and all((nbs/f).exists() for f in quarto['metadata-files'])
-    assert nbdev_yml['website']['title'] == ini['DEFAULT']['title'] and nbdev_yml['website']['repo-url'] == ini['DEFAULT']['git_url']
+    assert nbdev_yml['website']['title'] == ini['DEFAULT']['title']
+    assert nbdev_yml['website']['repo-url'] == ini['DEFAULT']['git_url']
 
 
 def tracked():
@@ -173,6 +177,56 @@ def test_notebook_reads_well(path):
     assert not long, f'lines of more than 130 characters:\n{long}'
     assert not any(o['output_type'] == 'error' for c in code for o in c['outputs']), 'an output that is an error'
     assert not exported or re.search(r'assert|test_|raises', rest), 'exports code but tests nothing'
+
+
+def title_problem(cells):
+    "The site turns the first markdown cell with a title into the page's header and drops the rest of that cell."
+    first = next((''.join(c['source']) for c in cells if c['cell_type'] == 'markdown'), '')
+    if not re.match(r'# \S', first): return 'the first markdown cell is not a title (# ...)'
+    extra = [line for line in first.splitlines()[1:] if line.strip() and not line.startswith('> ')]
+    return f'the title cell also holds {extra[0][:60]!r}, which the site drops' if extra else None
+
+
+def import_problem(source):
+    "The site runs every cell that imports, without the cells before it: outside `#| export`, such a cell must only import."
+    if re.search(r'^#\|\s*(export|exporti|exports|exec_doc|eval:\s*false)', source, re.M): return None
+    tree = ast.parse('\n'.join('' if line[:1] in '%!' else line for line in source.splitlines()))
+    kinds = (ast.Import, ast.ImportFrom)
+    mixed = any(isinstance(n, kinds) for n in ast.walk(tree)) and not all(isinstance(n, kinds) for n in tree.body)
+    return f'imports and other code in one cell: {source.splitlines()[0][:60]!r}' if mixed else None
+
+
+@pytest.mark.parametrize('path', notebooks, ids=lambda p: p.relative_to(nbs).as_posix())
+def test_notebook_makes_a_page(path):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    problems = [title_problem(cells)] + [import_problem(''.join(c['source'])) for c in cells if c['cell_type'] == 'code']
+    assert not any(problems), '\n'.join(p for p in problems if p)
+
+
+@pytest.mark.parametrize('source, fine', [
+    ('import a', True), ('x = 1', True), ('import a\nfrom b import c', True), ('%magic\nimport a', True),
+    ('#| export\nimport a\nx = 1', True), ('import a\nx = 1', False), ('def f(): import a', False)])
+def test_import_rule(source, fine): assert (import_problem(source) is None) == fine
+
+
+def test_title_rule():
+    cell = lambda source: dict(cell_type='markdown', source=[source])
+    assert title_problem([dict(cell_type='code', source=['1']), cell('# T\n> d'), cell('more')]) is None
+    assert 'drops' in title_problem([cell('# T\n> d\n\nmore')]) and title_problem([cell('text')]) and title_problem([])
+
+
+@pytest.mark.slow
+def test_site_can_process_the_notebooks(copy):
+    "All that happens before Quarto draws the pages: nbdev runs imports and exported cells and documents what they define."
+    code = 'if __name__ == "__main__":\n    from nbdev.serve import proc_nbs\n    proc_nbs(n_workers=2, force=True)\n'
+    (copy/'process.py').write_text(code)
+    path = os.pathsep.join([str(top), os.environ.get('PYTHONPATH', '')])
+    done = subprocess.run([sys.executable, '-W', 'ignore', 'process.py'], cwd=copy, capture_output=True, text=True, timeout=900,
+                          env={**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': path})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for page in notebooks:
+        made = json.loads((copy/'_proc'/page.relative_to(nbs)).read_text(encoding='utf-8'))['cells']
+        assert made and ''.join(made[0]['source']).startswith('---'), f'{page.relative_to(top)} has no page header'
 
 
 def imports(path):

@@ -57,5 +57,6 @@ def readme(folder=top):
 if __name__ == '__main__':
     path, text = top/'README.md', readme()
     if '--check' in sys.argv[1:]:
-        if not path.exists() or path.read_text(encoding='utf-8') != text: sys.exit('README.md is out of date: python tools/make_readme.py')
+        if not path.exists() or path.read_text(encoding='utf-8') != text:
+            sys.exit('README.md is out of date: python tools/make_readme.py')
     else: path.write_text(text, encoding='utf-8')
