@@ -25,8 +25,10 @@ check: export OMP_NUM_THREADS = 1
 check: export MPLBACKEND = agg
 check: export HF_HUB_OFFLINE = 1
 check:
-	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest
+	@failed=0; \
+	echo "Running every notebook:"; $(BIN)/nbdev_test --n_workers 2 --timing || failed=1; \
+	echo "Running the tests:"; $(BIN)/python -m pytest || failed=1; \
+	exit $$failed
 
 fast: export OMP_NUM_THREADS = 1
 fast:
