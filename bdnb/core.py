@@ -6,18 +6,20 @@
 __all__ = ['BdnbError', 'did_you_mean', 'derive_seed', 'rng', 'hash_uniform', 'hash_normal', 'atomic_write', 'write_json',
            'read_json', 'stamp', 'limit_threads', 'track']
 
-# %% ../nbs/00_core.ipynb #01a0fe41
+# %% ../nbs/00_core.ipynb #85cd1c1d
 import difflib, errno, hashlib, json, os, platform, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/00_core.ipynb #e648afd7
+# %% ../nbs/00_core.ipynb #13c74d62
 class BdnbError(ValueError):
     "Bad input: a one-line message that names the file, row or option, and what to do about it."
-    def __init__(self, message:str=''): # the message; line breaks are folded into spaces
-        super().__init__(' '.join(str(message).split()))
+    def __init__(self, message:str=''): # the message; line breaks become spaces, control characters their escapes
+        text = ' '.join(str(message).split())
+        text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+        super().__init__(text if len(text) <= 1000 else f'{text[:600]} ... {text[-380:]}')
 
-# %% ../nbs/00_core.ipynb #f0f79c43
+# %% ../nbs/00_core.ipynb #d6fad7d7
 def did_you_mean(
     word:str,              # what the user wrote
     choices,               # the names that are known
@@ -30,7 +32,7 @@ def did_you_mean(
     tail = ', '.join(known[:most]) + (f', ... ({len(known) - most} more)' if len(known) > most else '')
     return (f"did you mean {folded[near[0]]!r}? " if near else '') + f"known: {tail or 'none'}"
 
-# %% ../nbs/00_core.ipynb #e1050e61
+# %% ../nbs/00_core.ipynb #772845eb
 def _plain(p):
     "A numpy or torch scalar as the Python number it holds, so that `derive_seed(np.int64(3)) == derive_seed(3)`."
     if isinstance(p, (tuple, list)): return tuple(_plain(q) for q in p)
@@ -50,7 +52,7 @@ def rng(*parts)->'torch.Generator':
     import torch
     return torch.Generator().manual_seed(derive_seed(*parts))
 
-# %% ../nbs/00_core.ipynb #3c6d14f2
+# %% ../nbs/00_core.ipynb #ea8f0670
 _M32 = 0xFFFFFFFF                                # low 32 bits
 _MUL1, _MUL2 = 0x2C1B3C6D, 0x297A2D39            # odd, below 2**31: (word < 2**32) * multiplier < 2**63
 
@@ -83,7 +85,7 @@ def _hash_words(seeds, n, stream, put):
         x = _mix((count + a[rows]) & _M32)
         put(rows, _mix(x.bitwise_xor_(b[rows])))
 
-# %% ../nbs/00_core.ipynb #75b67fb4
+# %% ../nbs/00_core.ipynb #4e491178
 def _check_seeds(seeds, n):
     import torch
     if not torch.is_tensor(seeds) or seeds.dtype != torch.int64 or seeds.ndim != 1:
@@ -122,11 +124,12 @@ def hash_normal(
     _hash_words(seeds, 2 * half, ~int(stream), put)
     return out
 
-# %% ../nbs/00_core.ipynb #3489f3e9
+# %% ../nbs/00_core.ipynb #025e1ae6
 _DISK = {errno.ENOSPC: 'the disk is full', errno.EDQUOT: 'the disk quota is used up', errno.EFBIG: 'the file is too large for this disk',
          errno.EROFS: 'the disk is read-only', errno.EIO: 'the disk failed', errno.EACCES: 'permission denied',
          errno.EPERM: 'permission denied', errno.ENOTDIR: 'a part of the path is not a folder', errno.EISDIR: 'it is a folder',
-         errno.ENAMETOOLONG: 'the name is too long', errno.ENOENT: 'no such folder'}
+         errno.ENAMETOOLONG: 'the name is too long', errno.ENOENT: 'nothing was written, or the folder went away',
+         errno.EEXIST: 'a part of the path is not a folder'}
 
 def _disk_reason(e, tmp):
     "Why writing `tmp` failed, or None when the error is not about writing it."
@@ -149,26 +152,28 @@ def atomic_write(
 
     A full, read-only or forbidden disk raises `BdnbError` naming `path`; other errors of the body pass through unchanged."""
     path = Path(path)
-    tmp = path.with_name(f'.{path.name[:150]}.{os.getpid()}-{os.urandom(3).hex()}.tmp')
+    tmp = path.with_name(f'.{os.getpid()}-{os.urandom(4).hex()}.tmp{path.suffix[:16]}')   # some writers look at the suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir(): raise IsADirectoryError(errno.EISDIR, 'is a folder')
+    except OSError as e: raise BdnbError(f'{path}: cannot write: {_DISK.get(e.errno, e.strerror)}') from e
+    try:
         yield tmp
         _sync(tmp)
         os.replace(tmp, path)
         if os.name == 'posix': _sync(path.parent)
     except BaseException as e:
         reason = _disk_reason(e, tmp) if isinstance(e, Exception) else None
-        if tmp.exists(): tmp.unlink()
+        tmp.unlink(missing_ok=True)
         if reason: raise BdnbError(f'{path}: cannot write: {reason}') from e
         raise
 
-# %% ../nbs/00_core.ipynb #f1e607ca
+# %% ../nbs/00_core.ipynb #206359e1
 def write_json(path, obj):
     "Write `obj` as indented JSON, atomically. NaN and infinity are refused: JSON has no such numbers."
     try: text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as e: raise BdnbError(f'{path}: cannot write as JSON: {e}') from e
-    with atomic_write(path) as tmp: tmp.write_text(text + '\n', encoding='utf-8')
+    with atomic_write(path) as tmp: tmp.write_text(text + '\n', encoding='utf-8', errors='backslashreplace')
 
 def read_json(path):
     "Read a JSON file; a missing or broken one raises `BdnbError` naming the file (and the line)."
@@ -178,7 +183,7 @@ def read_json(path):
     except json.JSONDecodeError as e: raise BdnbError(f'{path} line {e.lineno}: not JSON: {e.msg}') from None
     except (UnicodeDecodeError, RecursionError) as e: raise BdnbError(f'{path}: not JSON: {e}') from None
 
-# %% ../nbs/00_core.ipynb #8c2ca255
+# %% ../nbs/00_core.ipynb #59ab26fd
 def _cpu_name():
     info = Path('/proc/cpuinfo')
     if info.exists():
@@ -222,7 +227,7 @@ def stamp(
                 hardware=dict(cpu=_cpu_name(), cores=_cores(), gpu=gpu),
                 versions=_versions('bdnb', 'torch', 'torchvision', 'open_clip_torch', 'accelerate', 'triton', 'numpy', 'pillow'))
 
-# %% ../nbs/00_core.ipynb #39efcea2
+# %% ../nbs/00_core.ipynb #85906104
 def limit_threads(
     n:int=None, # at most this many; by default OMP_NUM_THREADS, or else the cores this process may use
 )->int:         # the number set

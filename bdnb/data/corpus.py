@@ -6,7 +6,7 @@
 __all__ = ['MAX_CAPTION', 'SUFFIXES', 'Sample', 'Corpus', 'SubsetCorpus', 'ArrayCorpus', 'FolderCorpus', 'clean_caption',
            'CsvCorpus', 'MergedCorpus', 'merge']
 
-# %% ../../nbs/data/01_corpus.ipynb #85fc1426
+# %% ../../nbs/data/01_corpus.ipynb #94b086df
 import copy, csv, os, re, shutil, tempfile, weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from PIL import Image
 from ..core import BdnbError, atomic_write, derive_seed, did_you_mean, rng, track
 from .images import BadImage, fit_image, load_image
 
-# %% ../../nbs/data/01_corpus.ipynb #b5ade529
+# %% ../../nbs/data/01_corpus.ipynb #ae89af13
 @dataclass(frozen=True, eq=False)
 class Sample:
     "One picture and what is known about it."
@@ -30,7 +30,7 @@ class Sample:
 
 MAX_CAPTION = 2000           # characters of a caption that are kept
 
-# %% ../../nbs/data/01_corpus.ipynb #ed9fae9e
+# %% ../../nbs/data/01_corpus.ipynb #e406cd7c
 def _labels(labels, classes, keys, name):
     "Labels as int64 [N], checked against the class names."
     if labels is None: return None
@@ -55,7 +55,8 @@ class Corpus:
             skipped=(),       # (key, reason) of samples already left out
             notes=()):        # (key, what was changed)
         self.name, self.keys, self.classes = name, [str(k) for k in keys], None if classes is None else [str(c) for c in classes]
-        self.skipped, self.notes, self._seen = list(skipped), list(notes), set(skipped)
+        self.skipped, self.notes = [tuple(s) for s in skipped], [tuple(s) for s in notes]
+        self._seen = set(self.skipped)
         if texts is None and captions is not None: texts = [c[0] for c in captions]
         self.texts, self.captions = None if texts is None else list(texts), None if captions is None else [list(c) for c in captions]
         for what, column in dict(labels=labels, texts=self.texts, captions=self.captions).items():
@@ -105,7 +106,7 @@ class Corpus:
             yield s
         if first and not good: raise self._none_left(first)
 
-# %% ../../nbs/data/01_corpus.ipynb #e1aaad42
+# %% ../../nbs/data/01_corpus.ipynb #b6f875a0
 def _pick(column, index): return None if column is None else [column[i] for i in index]
 
 def _index(indices, n, name):
@@ -165,7 +166,7 @@ def _with(self:Corpus, **fields):
 
 Corpus.subset, Corpus.split, Corpus.with_captions, Corpus.target_id, Corpus._with = _subset, _split, _with_captions, _target_id, _with
 
-# %% ../../nbs/data/01_corpus.ipynb #8c2adb62
+# %% ../../nbs/data/01_corpus.ipynb #93df88a3
 class SubsetCorpus(Corpus):
     "Some samples of another corpus, in a given order."
     def __init__(self, base:Corpus, index):
@@ -174,7 +175,7 @@ class SubsetCorpus(Corpus):
         self.base, self.index = base, index
     def _image(self, i, size=None, fit='crop'): return self.base._image(int(self.index[i]), size, fit)
 
-# %% ../../nbs/data/01_corpus.ipynb #e906f20d
+# %% ../../nbs/data/01_corpus.ipynb #f4c1521b
 class ArrayCorpus(Corpus):
     "A corpus in memory (or mapped from a file): `images` uint8 [N, 3, S, S]."
     def __init__(self,
@@ -221,7 +222,7 @@ class ArrayCorpus(Corpus):
                           texts=_pick(self.texts, index), captions=_pick(self.captions, index),
                           _rows=rows if self._rows is None else self._rows[rows])
 
-# %% ../../nbs/data/01_corpus.ipynb #e18bb026
+# %% ../../nbs/data/01_corpus.ipynb #506a1849
 def _decoded(corpus, size, fit, workers):
     "(index, image or BadImage) for every sample, in order, decoded by a few threads."
     def one(i):
@@ -278,7 +279,7 @@ def _columns(self:Corpus, images, index):
 
 Corpus.cache, Corpus._columns = _cache, _columns
 
-# %% ../../nbs/data/01_corpus.ipynb #704d7075
+# %% ../../nbs/data/01_corpus.ipynb #f728467b
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
 
 def _walk(folder):
@@ -317,7 +318,7 @@ class FolderCorpus(Corpus):
                          classes=None if loose else [_key(Path(p.name)) for p in folders])
     def _image(self, i, size=None, fit='crop'): return load_image(self.paths[i], size, fit)
 
-# %% ../../nbs/data/01_corpus.ipynb #cdc2f51b
+# %% ../../nbs/data/01_corpus.ipynb #71fe4c41
 _COLUMNS = dict(image=('image', 'filepath', 'path', 'file', 'filename', 'image_path', 'img'), caption=('caption', 'title', 'text'),
                 label=('label', 'class'))
 _URL = re.compile(r'^(?:[A-Za-z][A-Za-z0-9+.-]*://|(?:pipe|data|file|http|https|s3|gs|ftp):)', re.I)
@@ -360,7 +361,7 @@ def _column(path, header, what, wanted, needed):
     if needed: raise BdnbError(f"{path}: no {what} column: the header must name one of {', '.join(_COLUMNS[what])}; "
                                f"columns found: {', '.join(h[:40] for h in header[:20])}")
 
-# %% ../../nbs/data/01_corpus.ipynb #c6084d9b
+# %% ../../nbs/data/01_corpus.ipynb #359e3a64
 class CsvCorpus(Corpus):
     """Images with captions and/or labels from a CSV or TSV file with a header; keys are the image cells.
 
@@ -417,7 +418,7 @@ class CsvCorpus(Corpus):
     def _image(self, i, size=None, fit='crop'):
         return load_image(self.folder/self.cells[i], size, fit, name=f'{self.where[i]}: {self.cells[i]}')
 
-# %% ../../nbs/data/01_corpus.ipynb #30eb4962
+# %% ../../nbs/data/01_corpus.ipynb #573517a8
 class MergedCorpus(Corpus):
     "Corpora end to end, as a view."
     def __init__(self, parts, **columns):
