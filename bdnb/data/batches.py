@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['Batch', 'epoch_order', 'rank_rows', 'Batches']
 
-# %% ../../nbs/data/07_batches.ipynb #0c6a8b53
+# %% ../../nbs/data/07_batches.ipynb #38b3240c
 from dataclasses import dataclass, replace
-import numpy as np, torch
-from PIL import Image
+import torch
 from torch.utils.data import DataLoader, Dataset
 from ..core import BdnbError, derive_seed, rng
 from .corpus import ArrayCorpus
-from .images import fit_image
 
-# %% ../../nbs/data/07_batches.ipynb #9ddbe757
+# %% ../../nbs/data/07_batches.ipynb #fd1103e1
 @dataclass(frozen=True)
 class Batch:
     "One rank's share of one global batch."
@@ -51,13 +49,7 @@ class Batch:
         "The same batch in page-locked memory, for an asynchronous copy to the GPU (unchanged without CUDA)."
         return self._tensors(torch.Tensor.pin_memory) if torch.cuda.is_available() else self
 
-# %% ../../nbs/data/07_batches.ipynb #101f4097
-def _fitted(image, size):
-    "A picture uint8 [3, H, W] as [3, size, size]; untouched when it fits or `size` is None."
-    if size is None or tuple(image.shape[-2:]) == (size, size): return image
-    return fit_image(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), size)
-
-# %% ../../nbs/data/07_batches.ipynb #526ff9a1
+# %% ../../nbs/data/07_batches.ipynb #b0652416
 class _Positions(Dataset):
     "An epoch's order as a data set: position -> (sample, corpus index, bad samples met on the way). Runs in the workers."
     def __init__(self, corpus, order, size, batch_size):
@@ -65,36 +57,32 @@ class _Positions(Dataset):
 
     def __len__(self): return len(self.order)
 
-    def _load(self, i):
-        s = self.corpus[i]
-        return _fitted(s.image, self.size), s
-
     def __getitem__(self, position):
         n, bad = len(self.order), []
         for j in range(n):
             i = int(self.order[(position + (j and self.batch_size + j - 1)) % n])
-            try: return *self._load(i), i, bad
+            try: return self.corpus.sample(i, self.size), i, bad
             except (BdnbError, OSError) as e: bad.append((str(self.corpus.keys[i]), str(e)))
-        return None, None, None, bad
+        return None, None, bad
 
     def collate(self, items): return _stack(items, self.size)
 
-# %% ../../nbs/data/07_batches.ipynb #007caee9
+# %% ../../nbs/data/07_batches.ipynb #b50d0d55
 def _stack(items, size):
     "((images, texts, labels, keys, index), bad samples). Errors travel as values: an exception would lose its one line on the way."
     bad = [b for *_, bs in items for b in bs]
-    images = [image for image, *_ in items]
-    if any(image is None for image in images): return None, bad
-    shapes = {tuple(image.shape) for image in images}
+    samples = [s for s, *_ in items]
+    if any(s is None for s in samples): return None, bad
+    images = [s.image for s in samples]
+    shapes = {tuple(x.shape) for x in images}
     if len(shapes) > 1: return sorted(shapes)[:2], bad
-    samples = [s for _, s, _, _ in items]
     column = lambda name: None if any(getattr(s, name) is None for s in samples) else [getattr(s, name) for s in samples]
     labels = column('label')
     return (torch.stack(images) if images else torch.empty(0, 3, size or 0, size or 0, dtype=torch.uint8), column('text'),
             None if labels is None else torch.tensor(labels, dtype=torch.int64), [s.key for s in samples],
-            torch.tensor([i for *_, i, _ in items], dtype=torch.int64)), bad
+            torch.tensor([i for _, i, _ in items], dtype=torch.int64)), bad
 
-# %% ../../nbs/data/07_batches.ipynb #579ed7a3
+# %% ../../nbs/data/07_batches.ipynb #89dfd9cf
 def epoch_order(
     n:int,             # samples in the corpus
     seed:int,          # of the run
@@ -115,15 +103,14 @@ def rank_rows(
     total = min(batch_size, n - step*batch_size)
     return rank*total//world_size, (rank + 1)*total//world_size, total
 
-# %% ../../nbs/data/07_batches.ipynb #7b7c8c75
+# %% ../../nbs/data/07_batches.ipynb #11644c9b
 def _gather(corpus, index, size):
     "Rows of an in-memory (or memory-mapped) corpus: (images, texts, labels, keys, index)."
-    at = index.numpy()
-    images = corpus.images[index] if torch.is_tensor(corpus.images) else torch.from_numpy(np.asarray(corpus.images[at]))
-    if size is not None and tuple(images.shape[-2:]) != (size, size) and len(images):
-        images = torch.stack([_fitted(x, size) for x in images])
+    at = index.tolist()
+    fits = size is None or corpus.image_size == (size, size) or not at
+    images = corpus.gather(index) if fits else torch.stack([corpus.sample(i, size).image for i in at])
     pick = lambda column: None if column is None else [column[i] for i in at]
-    labels = None if corpus.labels is None else torch.as_tensor(np.asarray(corpus.labels)[at], dtype=torch.int64)
+    labels = None if corpus.labels is None else torch.from_numpy(corpus.labels[at])
     return images, pick(corpus.texts), labels, pick(corpus.keys), index
 
 def _decode(corpus, order, positions, size, batch_size, workers, skipped):
@@ -136,7 +123,7 @@ def _decode(corpus, order, positions, size, batch_size, workers, skipped):
         if isinstance(parts, list): raise BdnbError(f'{name}: pictures of different sizes ({parts[0]}, {parts[1]}); give a size')
         yield parts
 
-# %% ../../nbs/data/07_batches.ipynb #e8e74841
+# %% ../../nbs/data/07_batches.ipynb #d9ced528
 class Batches:
     """The batches of a run over a corpus. `len()` is the number of steps in an epoch; `skipped` lists (key, reason) of bad samples.
 
