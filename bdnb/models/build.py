@@ -7,7 +7,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'Tokenizer', 'text_tower', 'causal_text', 'e
            'default_tokenizer', 'ClipModel', 'list_models', 'offline_aware', 'build_net', 'create_model',
            'is_file_name', 'check_name']
 
-# %% ../../nbs/models/01_build.ipynb #757d4cf8
+# %% ../../nbs/models/01_build.ipynb #67465157
 import hashlib, logging, math, os, socket, urllib.request
 from array import array
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..core import BdnbError, did_you_mean
 
-# %% ../../nbs/models/01_build.ipynb #f6665827
+# %% ../../nbs/models/01_build.ipynb #03a5a3ba
 class Tokenizer:
     "Captions -> int64 [B, L], L at most `context_length`; remembers captions. `crops` says whether L follows the longest caption."
     def __init__(self, raw, # an open_clip tokenizer
@@ -52,7 +52,7 @@ class Tokenizer:
     def __deepcopy__(self, memo): return self             # a copied model shares its tokenizer and what that remembers
     def __reduce__(self): return type(self), (self.raw, self.context_length, self.packed.cache_parameters()['maxsize'])
 
-# %% ../../nbs/models/01_build.ipynb #4918e43c
+# %% ../../nbs/models/01_build.ipynb #622cbfed
 def text_tower(net:nn.Module) -> nn.Module: # whose parts are the text tower's
     "open_clip's `CustomTextCLIP` keeps the text tower in `.text`, its `CLIP` has the parts lying in the open."
     return net.text if hasattr(net, 'text') else net
@@ -66,7 +66,7 @@ def causal_text(net:nn.Module) -> nn.Module|None: # the module that owns the tex
     if getattr(t, 'cls_emb', None) is not None or getattr(t, 'use_pad_mask', False) or getattr(t, 'output_tokens', False): return None
     return t if mask.ndim == 2 and torch.equal(mask, torch.full_like(mask, -math.inf).triu_(1)) else None
 
-# %% ../../nbs/models/01_build.ipynb #b1d23dc9
+# %% ../../nbs/models/01_build.ipynb #9f309eee
 def encode_cropped(t:nn.Module, # what `causal_text` returned
                    tokens:torch.Tensor, # int64 [B, L], L <= context length, every row with its EOT
                   ) -> torch.Tensor: # [B, D], not normalised
@@ -81,7 +81,7 @@ def encode_cropped(t:nn.Module, # what `causal_text` returned
     if proj is None: return x
     return proj(x) if isinstance(proj, nn.Linear) else x @ proj
 
-# %% ../../nbs/models/01_build.ipynb #7c7480c3
+# %% ../../nbs/models/01_build.ipynb #68fcf6b5
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 def text_weight(key): return key.split('.')[0] not in ('visual', 'logit_scale', 'logit_bias')
@@ -102,7 +102,7 @@ def default_tokenizer(context_length:int=77) -> Tokenizer:
     import open_clip
     return Tokenizer(open_clip.SimpleTokenizer(), context_length)
 
-# %% ../../nbs/models/01_build.ipynb #5bf4d3f6
+# %% ../../nbs/models/01_build.ipynb #602d0bd2
 class ClipModel(nn.Module):
     """An open_clip network with its name, picture size, normalisation and tokenizer.
 
@@ -119,7 +119,9 @@ class ClipModel(nn.Module):
         self._tokenizer = Tokenizer(tokenizer, self.context_length) if tokenizer else None
     def set_normalisation(self, mean, std):
         "Per-channel mean and standard deviation of 0..1 pictures."
-        for k, v in (('mean', mean), ('std', std)): self.register_buffer(k, torch.tensor(v, dtype=torch.float32), persistent=False)
+        device = self.net.logit_scale.device
+        for k, v in (('mean', mean), ('std', std)):
+            self.register_buffer(k, torch.tensor(v, dtype=torch.float32, device=device), persistent=False)
     @property
     def logit_scale(self) -> nn.Parameter: # scalar
         "The logarithm of the inverse temperature: `net`'s parameter."
@@ -132,7 +134,7 @@ class ClipModel(nn.Module):
         "Captions -> token numbers; L is the longest caption's length where cropping is exact, else `context_length`."
         tokens = (self._tokenizer or default_tokenizer(self.context_length))(texts)
         return tokens if self.crops else self._full(tokens)
-    def _full(self, tokens): return F.pad(tokens, (0, self.context_length - tokens.shape[1]))
+    def _full(self, tokens): return F.pad(tokens, (0, max(0, self.context_length - tokens.shape[1])))
 
     def normalise(self, images) -> torch.Tensor: # float [B, 3, S, S]
         "Pictures uint8 or float 0..1, [B, 3, S, S] with S = `image_size` -> what the image tower reads. Differentiable."
@@ -168,7 +170,7 @@ class ClipModel(nn.Module):
         state = {k: v for k, v in self.net.state_dict().items() if text_weight(k)}
         return weights_hash(state, self.name, self.context_length)
 
-# %% ../../nbs/models/01_build.ipynb #24b18e5b
+# %% ../../nbs/models/01_build.ipynb #b15b126d
 def list_models() -> list[str]: # names for `create_model`
     "`tiny`, and all architectures of open_clip."
     import open_clip
@@ -188,7 +190,7 @@ def offline_aware():
         constants.HF_HUB_OFFLINE = was
         logging.disable(level)
 
-# %% ../../nbs/models/01_build.ipynb #fc5f76fe
+# %% ../../nbs/models/01_build.ipynb #3d4abd47
 def build_net(name:str, # 'tiny', an open_clip name, or 'hf-hub:owner/repository'
               tag:str|None=None, # open_clip's pretrained tag
               image_size:int|None=None, # the architecture's own by default
@@ -200,15 +202,16 @@ def build_net(name:str, # 'tiny', an open_clip name, or 'hf-hub:owner/repository
     with torch.random.fork_rng(devices=[]), offline_aware():
         torch.default_generator.manual_seed(seed)
         try:
-            net = open_clip.create_model(name, pretrained=tag, force_image_size=image_size, weights_only=True, require_pretrained=bool(tag),
-                                         pretrained_text=False)
+            net = open_clip.create_model(name, pretrained=tag, force_image_size=image_size, weights_only=True, pretrained_text=False,
+                                         require_pretrained=bool(tag) or name.startswith('hf-hub:'))
             raw = open_clip.get_tokenizer(name)
+            if image_size: net.eval().visual(torch.zeros(1, 3, image_size, image_size))     # some towers find out only when they run
         except Exception as e:                       # whatever open_clip, timm, transformers or the network raise
-            what = f"pretrained weights {tag!r} of {name!r}" if tag else f"model {name!r}"
-            raise BdnbError(f"cannot get {what}: {e!s:.200}; without network, pass a local checkpoint file or pretrained=None") from e
+            what = (f"pretrained weights {tag!r} of {name!r}" if tag else f"model {name!r}") + (f" at image_size={image_size}" if image_size else '')
+            raise BdnbError(f"cannot get {what}: {e!s:.120}; without network, pass a local checkpoint file or pretrained=None") from e
     return net, None if isinstance(raw, open_clip.SimpleTokenizer) and not raw.reduction_fn else raw, name
 
-# %% ../../nbs/models/01_build.ipynb #82ce22df
+# %% ../../nbs/models/01_build.ipynb #ea8897cc
 def create_model(name:str='tiny', # see `list_models`; or 'hf-hub:owner/repository'
                  pretrained:str|Path|None=None, # None for fresh weights, a checkpoint file, or an open_clip tag such as 'openai'
                  image_size:int|None=None, # side of the pictures; by default 32 for 'tiny' and the architecture's own for others
