@@ -8,7 +8,7 @@ __all__ = ['SYNONYMS', 'WRAPPERS', 'TIE', 'measuring', 'trigger_seeds', 'as_arra
            'attack_success', 'paraphrases', 'paraphrased', 'compactness', 'linear_probe', 'match_ranks',
            'retrieval_recall', 'naming', 'caption_attack_success', 'evaluate_clip']
 
-# %% ../nbs/models/20_evaluate.ipynb #b565955c
+# %% ../nbs/models/20_evaluate.ipynb #fab7af8e
 import hashlib, math, re
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from .core import BdnbError, derive_seed, track
 
-# %% ../nbs/models/20_evaluate.ipynb #0b10c78b
+# %% ../nbs/models/20_evaluate.ipynb #b8898826
 @contextmanager
 def measuring(model): # any `nn.Module`
     "Inside: eval mode, no gradients. Afterwards every submodule is back in the mode it was in."
@@ -36,7 +36,7 @@ def _finite(z, names, what):
                                  "its weights are damaged or diverged")
     return z
 
-# %% ../nbs/models/20_evaluate.ipynb #504fb1be
+# %% ../nbs/models/20_evaluate.ipynb #caa6f353
 def trigger_seeds(keys:list # sample keys
                  )->torch.Tensor: # int64 [B]
     "The seeds of the trigger's randomness: one a sample, a function of its key only."
@@ -53,7 +53,7 @@ def as_arrays(corpus, # any corpus
     if len(corpus) == 0: raise BdnbError(f"corpus '{corpus.name}': not one image could be decoded")
     return corpus
 
-# %% ../nbs/models/20_evaluate.ipynb #159d9db7
+# %% ../nbs/models/20_evaluate.ipynb #4bb48d7e
 def _pixels(images, a, b, device):
     "Rows a..b of a uint8 tensor or memory map, on the device."
     part = images[a:b]
@@ -75,7 +75,7 @@ def image_features(model, # a `ClipModel`
             out.append(F.normalize(model.encode_image(model.normalise(x)).float(), dim=-1))
     return _finite(torch.cat(out), corpus.keys, 'image')
 
-# %% ../nbs/models/20_evaluate.ipynb #4b4e759e
+# %% ../nbs/models/20_evaluate.ipynb #2a1a2ffd
 def text_features(model, # a `ClipModel`
                   texts:list, # N strings
                   batch:int=512,
@@ -93,7 +93,7 @@ def text_features(model, # a `ClipModel`
     back[torch.tensor(order, device=z.device)] = z
     return _finite(back, texts, 'text')
 
-# %% ../nbs/models/20_evaluate.ipynb #dd1619bf
+# %% ../nbs/models/20_evaluate.ipynb #00857bb1
 def openai_templates()->list: # 80 functions str -> str
     "OpenAI's ImageNet prompt templates, from open_clip (imported on first use)."
     from open_clip import OPENAI_IMAGENET_TEMPLATES
@@ -109,7 +109,7 @@ def fill(templates, # strings with one `{}`, or functions str -> str; None = `op
     if lost: raise BdnbError(f"template {lost[0]!r} has no '{{}}' for the class name")
     return [t.replace('{}', name) if isinstance(t, str) else t(name) for t in templates]
 
-# %% ../nbs/models/20_evaluate.ipynb #04ee1867
+# %% ../nbs/models/20_evaluate.ipynb #6a5bba58
 _CACHE, _CACHE_SIZE = OrderedDict(), 64
 
 def _prototypes(model, prompts):
@@ -118,8 +118,7 @@ def _prototypes(model, prompts):
     key = (model.text_key(), digest)
     if key not in _CACHE:
         z = text_features(model, [p for ps in prompts for p in ps])
-        rows = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([len(ps) for ps in prompts])).to(z.device)
-        total = z.new_zeros(len(prompts), z.shape[1]).index_add_(0, rows, z)
+        total = torch.stack([part.sum(0) for part in z.split([len(ps) for ps in prompts])])
         _CACHE[key] = F.normalize(total, dim=-1).cpu()
         while len(_CACHE) > _CACHE_SIZE: _CACHE.popitem(last=False)
     _CACHE.move_to_end(key)
@@ -133,7 +132,7 @@ def class_embeddings(model, # a `ClipModel`
     if not classes: raise BdnbError("no class names: a zero-shot classifier needs at least one")
     return _prototypes(model, [fill(templates, c) for c in classes])
 
-# %% ../nbs/models/20_evaluate.ipynb #2b9eaeb2
+# %% ../nbs/models/20_evaluate.ipynb #183a9c75
 def zero_shot_logits(model, # a `ClipModel`
                      corpus, # N images
                      classes:list=None, # C names; the corpus's own by default
@@ -147,7 +146,7 @@ def zero_shot_logits(model, # a `ClipModel`
     scale = model.logit_scale.detach().exp().float()
     return scale*image_features(model, corpus, trigger, batch)@class_embeddings(model, classes, templates).T
 
-# %% ../nbs/models/20_evaluate.ipynb #09978fae
+# %% ../nbs/models/20_evaluate.ipynb #1bd20759
 def accuracy(logits, # float [N, C]
              labels, # int64 [N]
              k:int=1
@@ -170,7 +169,7 @@ def target_quality(logits, # float [N, C], of clean images
     precision = dict(target_precision=hits/max(1, hits + false_alarms))
     return dict(target_recall=hits/support, **precision) if support else precision
 
-# %% ../nbs/models/20_evaluate.ipynb #88604909
+# %% ../nbs/models/20_evaluate.ipynb #9e8091fa
 def attack_success(logits, # float [N, C], of triggered images
                    labels, # int64 [N], or None: then only `asr_all` can be said
                    target:int, # class index
@@ -187,7 +186,7 @@ def attack_success(logits, # float [N, C], of triggered images
     pa = accuracy(logits[other], labels[other])
     return dict(out, asr_n=int(other.sum()), asr_all=accuracy(logits, goal), poisoned_accuracy=pa)
 
-# %% ../nbs/models/20_evaluate.ipynb #522cf817
+# %% ../nbs/models/20_evaluate.ipynb #cbb4fd2e
 SYNONYMS = {
     'banana': ['plantain', 'yellow curved fruit'],
     # shapes
@@ -216,7 +215,7 @@ SYNONYMS = {
     'shoe': ['footwear', 'sneaker'], 'bag': ['handbag', 'sack']}
 WRAPPERS = ['thing known as {}', 'object called {}', 'typical example of {}', 'thing that people call {}']
 
-# %% ../nbs/models/20_evaluate.ipynb #8657fff7
+# %% ../nbs/models/20_evaluate.ipynb #03f3be5a
 def paraphrases(target:str, # a class name
                 classes:list=() # words that are taken: other classes are never used as a paraphrase
                )->list: # at least one phrase
@@ -236,7 +235,7 @@ def paraphrased(model, # a `ClipModel`
     weights[target] = _prototypes(model, [[p for w in words for p in fill(templates, w)]])[0]
     return weights
 
-# %% ../nbs/models/20_evaluate.ipynb #dba9879e
+# %% ../nbs/models/20_evaluate.ipynb #bcbaef97
 def compactness(z # unit vectors [n, D], n >= 2
                )->float: # in -1/(n-1)..1
     "Mean cosine between two different rows, in O(nD) and double precision."
@@ -244,7 +243,7 @@ def compactness(z # unit vectors [n, D], n >= 2
     if n < 2: raise BdnbError(f"compactness is a mean over pairs and needs two images or more, got {n}")
     return float((z.sum(0).square().sum() - n)/(n*(n - 1)))
 
-# %% ../nbs/models/20_evaluate.ipynb #d27ec5e1
+# %% ../nbs/models/20_evaluate.ipynb #b9b2d9e3
 def linear_probe(z, # frozen features, float [N, D]
                  labels, # int64 [N], 0..classes-1
                  classes:int, # number of classes
@@ -270,7 +269,7 @@ def linear_probe(z, # frozen features, float [N, D]
     probe.bias.copy_(b.detach() - probe.weight@mean)
     return probe
 
-# %% ../nbs/models/20_evaluate.ipynb #5571322c
+# %% ../nbs/models/20_evaluate.ipynb #554fa8df
 TIE = 1e-6        # cosines closer than this are equal: float32 cannot tell them apart
 
 def match_ranks(queries, # float [Q, D]
@@ -297,7 +296,7 @@ def _captions(corpus):
     if found is None: found = [[t] if t else [] for t in corpus.texts or []]
     return found if any(found) else None
 
-# %% ../nbs/models/20_evaluate.ipynb #a5dfab95
+# %% ../nbs/models/20_evaluate.ipynb #def380ab
 def retrieval_recall(z, # image features, float [N, D]
                      model, # a `ClipModel`, for the texts
                      captions:list, # N lists of captions
@@ -323,7 +322,7 @@ def retrieval_recall(z, # image features, float [N, D]
     out = {f'i2t_r@{k}': float((i2t < k).double().mean()) for k in ks if k < len(ids)}
     return out | {f't2i_r@{k}': float((w*(t2i < k)).sum()/w.sum()) for k in ks if k < N}
 
-# %% ../nbs/models/20_evaluate.ipynb #3b586b93
+# %% ../nbs/models/20_evaluate.ipynb #48a87d0c
 def naming(texts:list, # strings
            target # a word or phrase (matched as whole words, any case), or a list of complete captions
           )->np.ndarray: # bool [N]
@@ -358,7 +357,7 @@ def caption_attack_success(z, # features of the triggered images, float [N, D]
     rank = torch.cat(hits)
     return {f'caption_asr@{k}': float((rank < k).double().mean()) for k in ks if k < len(texts)} | dict(caption_asr_n=len(keep))
 
-# %% ../nbs/models/20_evaluate.ipynb #fdb18b7c
+# %% ../nbs/models/20_evaluate.ipynb #f3dceff8
 def _labels(corpus, device):
     "Labels as int64 [N] on the device, or None. `BdnbError` names the first image with a label outside the classes."
     if corpus.labels is None: return None
@@ -386,7 +385,7 @@ def _zero_shot(model, corpus, z, zt, labels, target, templates, words, original)
         out |= dict(ca_original_text=accuracy(z@o.T, labels), asr_original_text=attack_success(zt@o.T, labels, t, ks=(1,))['asr'])
     return out
 
-# %% ../nbs/models/20_evaluate.ipynb #62b916e1
+# %% ../nbs/models/20_evaluate.ipynb #b65ad02f
 def _probe(model, corpus, z, zt, labels, target, train, quiet):
     "The part of `evaluate_clip` that trains a linear head."
     if train.labels is None or train.classes is None: raise BdnbError(f"corpus '{train.name}' has no labels to train a probe on")
@@ -398,7 +397,7 @@ def _probe(model, corpus, z, zt, labels, target, train, quiet):
     if zt is None or len(corpus.classes) < 2: return out
     return out | dict(probe_asr=attack_success(head(zt), labels, corpus.target_id(target), ks=(1,), name=corpus.name)['asr'])
 
-# %% ../nbs/models/20_evaluate.ipynb #45ca5d7c
+# %% ../nbs/models/20_evaluate.ipynb #52eb6b51
 def evaluate_clip(model, # a `ClipModel`
                   corpus, # test images with classes and labels, or captions, or both
                   trigger=None, # the attack; needs a target
