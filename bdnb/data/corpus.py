@@ -6,7 +6,7 @@
 __all__ = ['MAX_CAPTION', 'SUFFIXES', 'Sample', 'Corpus', 'SubsetCorpus', 'ArrayCorpus', 'FolderCorpus', 'clean_caption',
            'CsvCorpus', 'MergedCorpus', 'merge']
 
-# %% ../../nbs/data/01_corpus.ipynb #94b086df
+# %% ../../nbs/data/01_corpus.ipynb #2cef847b
 import copy, csv, os, re, shutil, tempfile, weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from PIL import Image
 from ..core import BdnbError, atomic_write, derive_seed, did_you_mean, rng, track
 from .images import BadImage, fit_image, load_image
 
-# %% ../../nbs/data/01_corpus.ipynb #ae89af13
+# %% ../../nbs/data/01_corpus.ipynb #b9bedf60
 @dataclass(frozen=True, eq=False)
 class Sample:
     "One picture and what is known about it."
@@ -30,7 +30,7 @@ class Sample:
 
 MAX_CAPTION = 2000           # characters of a caption that are kept
 
-# %% ../../nbs/data/01_corpus.ipynb #e406cd7c
+# %% ../../nbs/data/01_corpus.ipynb #6cfa5162
 def _labels(labels, classes, keys, name):
     "Labels as int64 [N], checked against the class names."
     if labels is None: return None
@@ -40,11 +40,20 @@ def _labels(labels, classes, keys, name):
         if len(bad): raise BdnbError(f'{name}: {keys[bad[0]]}: label {labels[bad[0]]} is not one of the {len(classes)} classes')
     return labels
 
+def _check(name, keys, **columns):
+    "Every column is as long as the keys, and no key comes twice."
+    for what, column in columns.items():
+        if column is not None and len(column) != len(keys): raise BdnbError(f'{name}: {len(column)} {what} for {len(keys)} images')
+    if len(set(keys)) < len(keys):
+        seen = set()
+        raise BdnbError(f'{name}: two samples have the key {next(k for k in keys if k in seen or seen.add(k))!r}')
+
+# %% ../../nbs/data/01_corpus.ipynb #73595467
 class Corpus:
     """A map-style list of samples; a subclass defines `_image(i, size, fit)`.
 
-    Attributes: `name`, `keys` (list of str), `labels` (int64 array [N] or None), `classes` (names or None), `texts` (main captions
-    or None), `captions` (all captions of each image or None), `skipped` and `notes` (lists of (key, reason))."""
+    Attributes: `name`, `keys` (list of str), `labels` (int64 array [N] or None), `classes` (names or None), `texts` (main
+    captions or None), `captions` (all captions of each image or None), `skipped` and `notes` (lists of (key, reason))."""
     def __init__(self,
             keys,             # unique names, one a sample
             labels=None,      # class indices
@@ -54,17 +63,14 @@ class Corpus:
             name='corpus',    # what errors call it
             skipped=(),       # (key, reason) of samples already left out
             notes=()):        # (key, what was changed)
-        self.name, self.keys, self.classes = name, [str(k) for k in keys], None if classes is None else [str(c) for c in classes]
+        self.name, self.keys = name, [str(k) for k in keys]
+        self.classes = None if classes is None else [str(c) for c in classes]
         self.skipped, self.notes = [tuple(s) for s in skipped], [tuple(s) for s in notes]
         self._seen = set(self.skipped)
         if texts is None and captions is not None: texts = [c[0] for c in captions]
-        self.texts, self.captions = None if texts is None else list(texts), None if captions is None else [list(c) for c in captions]
-        for what, column in dict(labels=labels, texts=self.texts, captions=self.captions).items():
-            if column is not None and len(column) != len(self.keys):
-                raise BdnbError(f'{name}: {len(column)} {what} for {len(self.keys)} images')
-        if len(set(self.keys)) < len(self.keys):
-            seen = set()
-            raise BdnbError(f'{name}: two samples have the key {next(k for k in self.keys if k in seen or seen.add(k))!r}')
+        self.texts = None if texts is None else list(texts)
+        self.captions = None if captions is None else [list(c) for c in captions]
+        _check(name, self.keys, labels=labels, texts=self.texts, captions=self.captions)
         self.labels = _labels(labels, self.classes, self.keys, name)
 
     def _image(self, i, size=None, fit='crop'):
@@ -74,8 +80,11 @@ class Corpus:
     def __len__(self): return len(self.keys)
 
     def __repr__(self):
-        what = [f'{len(self):,} images'] + [f'{len(self.classes)} classes'] * bool(self.classes) + ['captions'] * (self.texts is not None)
-        return f"{type(self).__name__} {self.name!r}: {', '.join(what)}" + (f' ({len(self.skipped)} skipped)' if self.skipped else '')
+        what = [f'{len(self):,} images']
+        if self.classes: what.append(f'{len(self.classes)} classes')
+        if self.texts is not None: what.append('captions')
+        if self.skipped: what.append(f'{len(self.skipped)} skipped')
+        return f"{type(self).__name__} {self.name!r}: {', '.join(what)}"
 
     def sample(self, i:int, size:int=None, fit:str='crop')->Sample:
         "Sample `i`, its image decoded straight to a square of `size` when given. Raises `BadImage`."
@@ -106,7 +115,7 @@ class Corpus:
             yield s
         if first and not good: raise self._none_left(first)
 
-# %% ../../nbs/data/01_corpus.ipynb #b6f875a0
+# %% ../../nbs/data/01_corpus.ipynb #b636326e
 def _pick(column, index): return None if column is None else [column[i] for i in index]
 
 def _index(indices, n, name):
@@ -136,16 +145,19 @@ def _split(self:Corpus,
     order = torch.randperm(n, generator=rng('split', seed)).numpy()
     return self.subset(np.sort(order[:k])), self.subset(np.sort(order[k:]))
 
+# %% ../../nbs/data/01_corpus.ipynb #4f462060
 def _with_captions(self:Corpus,
     templates=('a photo of a {}.',), # strings with {}, or functions of the class name (as open_clip's)
     seed:int=0,                      # with the key, picks a template
 )->'Corpus':
     "A view whose captions are templates filled with the class names (underscores read as spaces)."
-    if self.labels is None or not self.classes: raise BdnbError(f'{self.name}: captions from class names need labels and class names')
+    if self.labels is None or not self.classes:
+        raise BdnbError(f'{self.name}: captions from class names need labels and class names')
     templates = [templates] if isinstance(templates, str) or callable(templates) else list(templates)
     if not templates: raise BdnbError(f'{self.name}: no caption templates were given')
     for t in templates:
-        if isinstance(t, str) and '{}' not in t: raise BdnbError(f"{self.name}: caption template {t!r} has no '{{}}' for the class name")
+        if isinstance(t, str) and '{}' not in t:
+            raise BdnbError(f"{self.name}: caption template {t!r} has no '{{}}' for the class name")
     def fill(key, label):
         t, c = templates[derive_seed('caption', seed, key) % len(templates)], self.classes[label].replace('_', ' ')
         return t(c) if callable(t) else t.replace('{}', c)
@@ -164,9 +176,10 @@ def _with(self:Corpus, **fields):
     c.__dict__.update(fields)
     return c
 
-Corpus.subset, Corpus.split, Corpus.with_captions, Corpus.target_id, Corpus._with = _subset, _split, _with_captions, _target_id, _with
+Corpus.subset, Corpus.split, Corpus._with = _subset, _split, _with
+Corpus.with_captions, Corpus.target_id = _with_captions, _target_id
 
-# %% ../../nbs/data/01_corpus.ipynb #93df88a3
+# %% ../../nbs/data/01_corpus.ipynb #af65d615
 class SubsetCorpus(Corpus):
     "Some samples of another corpus, in a given order."
     def __init__(self, base:Corpus, index):
@@ -175,7 +188,7 @@ class SubsetCorpus(Corpus):
         self.base, self.index = base, index
     def _image(self, i, size=None, fit='crop'): return self.base._image(int(self.index[i]), size, fit)
 
-# %% ../../nbs/data/01_corpus.ipynb #f4c1521b
+# %% ../../nbs/data/01_corpus.ipynb #1160ceda
 class ArrayCorpus(Corpus):
     "A corpus in memory (or mapped from a file): `images` uint8 [N, 3, S, S]."
     def __init__(self,
@@ -222,7 +235,7 @@ class ArrayCorpus(Corpus):
                           texts=_pick(self.texts, index), captions=_pick(self.captions, index),
                           _rows=rows if self._rows is None else self._rows[rows])
 
-# %% ../../nbs/data/01_corpus.ipynb #506a1849
+# %% ../../nbs/data/01_corpus.ipynb #648ba2c6
 def _decoded(corpus, size, fit, workers):
     "(index, image or BadImage) for every sample, in order, decoded by a few threads."
     def one(i):
@@ -233,6 +246,15 @@ def _decoded(corpus, size, fit, workers):
         with ThreadPoolExecutor(workers) as pool:
             for i in range(0, len(corpus), 64 * workers): yield from pool.map(one, range(i, min(i + 64 * workers, len(corpus))))
 
+def _cache_name(name, size, fit):
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[-80:].strip('.-') or 'corpus'}-{fit}{size}.u8"
+
+def _map_file(path, fill, good, size):
+    "Stream images to a file, whole or not at all, and map it: uint8 [len(good), 3, size, size]."
+    with atomic_write(path) as tmp, tmp.open('wb') as f: fill(lambda row, x: f.write(x.numpy().tobytes()))
+    return torch.from_numpy(np.memmap(path, np.uint8, 'r+', shape=(len(good), 3, size, size)))
+
+# %% ../../nbs/data/01_corpus.ipynb #f0d97e95
 def _cache(self:Corpus,
     size:int,                 # side of the square
     fit:str='crop',           # 'crop' or 'squash'
@@ -265,21 +287,15 @@ def _cache(self:Corpus,
     if temporary: weakref.finalize(out, shutil.rmtree, temporary, True)
     return out
 
-def _cache_name(name, size, fit): return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[-80:].strip('.-') or 'corpus'}-{fit}{size}.u8"
-
-def _map_file(path, fill, good, size):
-    "Stream images to a file, whole or not at all, and map it: uint8 [len(good), 3, size, size]."
-    with atomic_write(path) as tmp, tmp.open('wb') as f: fill(lambda row, x: f.write(x.numpy().tobytes()))
-    return torch.from_numpy(np.memmap(path, np.uint8, 'r+', shape=(len(good), 3, size, size)))
-
 def _columns(self:Corpus, images, index):
     "An `ArrayCorpus` of these images with our columns at `index`."
-    return ArrayCorpus(images, _pick(self.keys, index), None if self.labels is None else self.labels[index], _pick(self.texts, index),
-                       _pick(self.captions, index), self.classes, self.name, self.skipped, self.notes)
+    labels = None if self.labels is None else self.labels[index]
+    return ArrayCorpus(images, _pick(self.keys, index), labels, _pick(self.texts, index), _pick(self.captions, index),
+                       self.classes, self.name, self.skipped, self.notes)
 
 Corpus.cache, Corpus._columns = _cache, _columns
 
-# %% ../../nbs/data/01_corpus.ipynb #f728467b
+# %% ../../nbs/data/01_corpus.ipynb #108826b4
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
 
 def _walk(folder):
@@ -313,14 +329,15 @@ class FolderCorpus(Corpus):
         if not loose and not nested: raise BdnbError(f'{path}: no pictures in this folder ({", ".join(SUFFIXES)})')
         self.paths = loose or [p for paths in inside for p in paths]
         labels = None if loose else [y for y, paths in enumerate(inside) for _ in paths]
-        notes = [] if loose else [(p.name, f'{p}: class folder without pictures') for p, paths in zip(folders, inside) if not paths]
+        empty = [] if loose else [p for p, paths in zip(folders, inside) if not paths]
+        notes = [(_key(Path(p.name)), f'{p}: class folder without pictures') for p in empty]
         super().__init__([_key(p.relative_to(root)) for p in self.paths], labels, notes=notes, name=name or str(path),
                          classes=None if loose else [_key(Path(p.name)) for p in folders])
     def _image(self, i, size=None, fit='crop'): return load_image(self.paths[i], size, fit)
 
-# %% ../../nbs/data/01_corpus.ipynb #71fe4c41
-_COLUMNS = dict(image=('image', 'filepath', 'path', 'file', 'filename', 'image_path', 'img'), caption=('caption', 'title', 'text'),
-                label=('label', 'class'))
+# %% ../../nbs/data/01_corpus.ipynb #2b0f0a98
+_COLUMNS = dict(image=('image', 'filepath', 'path', 'file', 'filename', 'image_path', 'img'),
+                caption=('caption', 'title', 'text'), label=('label', 'class'))
 _URL = re.compile(r'^(?:[A-Za-z][A-Za-z0-9+.-]*://|(?:pipe|data|file|http|https|s3|gs|ftp):)', re.I)
 
 def clean_caption(
@@ -343,8 +360,7 @@ def _rows(path, encoding):
     except FileNotFoundError: raise BdnbError(f'{path}: no such file') from None
     except OSError as e: raise BdnbError(f'{path}: cannot read: {e.strerror}') from e
     except LookupError: raise BdnbError(f'{path}: unknown encoding {encoding!r}') from None
-    except UnicodeError as e: raise BdnbError(f"{path}: not {encoding} text ({e.reason} at byte {e.start}); save it as UTF-8 or name its "
-                                              "encoding" if isinstance(e, UnicodeDecodeError) else f'{path}: not {encoding} text') from e
+    except UnicodeError as e: raise BdnbError(f'{path}: not {encoding} text; save it as UTF-8 or name its encoding ({e})') from e
     except csv.Error as e: raise BdnbError(f'{path} line {reader.line_num}: {e}') from e
     while rows and not any(c.strip() for c in rows[-1]): rows.pop()
     if not rows: raise BdnbError(f'{path}: the file is empty')
@@ -361,7 +377,7 @@ def _column(path, header, what, wanted, needed):
     if needed: raise BdnbError(f"{path}: no {what} column: the header must name one of {', '.join(_COLUMNS[what])}; "
                                f"columns found: {', '.join(h[:40] for h in header[:20])}")
 
-# %% ../../nbs/data/01_corpus.ipynb #359e3a64
+# %% ../../nbs/data/01_corpus.ipynb #65951ffb
 class CsvCorpus(Corpus):
     """Images with captions and/or labels from a CSV or TSV file with a header; keys are the image cells.
 
@@ -377,7 +393,8 @@ class CsvCorpus(Corpus):
             name:str=None):
         path = Path(path)
         header, rows = _rows(path, encoding)
-        cols = [_column(path, header, *a) for a in (('image', image_col, True), ('caption', caption_col, False), ('label', label_col, False))]
+        wanted = ('image', image_col, True), ('caption', caption_col, False), ('label', label_col, False)
+        cols = [_column(path, header, *w) for w in wanted]
         if cols[1] is None and cols[2] is None: _column(path, header, 'caption', None, True)
         table, self.skipped, self.notes = {}, [], []
         for n, cells in enumerate(rows, 2):
@@ -385,7 +402,8 @@ class CsvCorpus(Corpus):
             reason = self._row(table, cells, len(header), cols, where, '' if group else f'#{n}')
             if reason: self.skipped.append((where, f'{where}: {reason}'))
         if not table:
-            raise BdnbError(f'{path}: no usable rows' + (f' of {len(rows)}; the first: {self.skipped[0][1]}' if self.skipped else ''))
+            first = f' of {len(rows)}; the first: {self.skipped[0][1]}' if self.skipped else ''
+            raise BdnbError(f'{path}: no usable rows{first}')
         found = list(table.values())
         labels, classes = self._classes([r['label'] for r in found]) if cols[2] is not None else (None, None)
         self.folder, self.cells, self.where = path.parent, [r['image'] for r in found], [r['where'] for r in found]
@@ -418,7 +436,7 @@ class CsvCorpus(Corpus):
     def _image(self, i, size=None, fit='crop'):
         return load_image(self.folder/self.cells[i], size, fit, name=f'{self.where[i]}: {self.cells[i]}')
 
-# %% ../../nbs/data/01_corpus.ipynb #573517a8
+# %% ../../nbs/data/01_corpus.ipynb #59f7a1ec
 class MergedCorpus(Corpus):
     "Corpora end to end, as a view."
     def __init__(self, parts, **columns):
@@ -447,8 +465,8 @@ def merge(
     if named: labels = [[names.index(c.classes[y]) for y in c.labels] for c in corpora]
     keys = _join([c.keys for c in corpora])
     if len(set(keys)) < len(keys): keys = [f'{n}/{k}' for n, c in enumerate(corpora) for k in c.keys]
-    columns = dict(keys=keys, labels=_join(labels), texts=_join([c.texts for c in corpora]), captions=_join([c.captions for c in corpora]),
-                   classes=names, name=name or ' + '.join(c.name for c in corpora),
+    columns = dict(keys=keys, labels=_join(labels), texts=_join([c.texts for c in corpora]),
+                   captions=_join([c.captions for c in corpora]), classes=names, name=name or ' + '.join(c.name for c in corpora),
                    skipped=_join([c.skipped for c in corpora]), notes=_join([c.notes for c in corpora]))
     arrays = all(isinstance(c, ArrayCorpus) for c in corpora) and len({c.image_size for c in corpora}) == 1
     if arrays and sum(len(c) for c in corpora) * 3 * np.prod(corpora[0].image_size) <= budget_bytes:

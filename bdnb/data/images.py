@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'BadImage', 'decode_image', 'fit_image', 'load_image']
 
-# %% ../../nbs/data/00_images.ipynb #ca7b350e
+# %% ../../nbs/data/00_images.ipynb #10b76565
 import io, threading, warnings
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from PIL import Image, UnidentifiedImageError
 
 from ..core import BdnbError
 
-# %% ../../nbs/data/00_images.ipynb #61cd1ef8
+# %% ../../nbs/data/00_images.ipynb #5d827e6f
 class BadImage(BdnbError):
     "An image that cannot be used: the message names it and says why."
 
-# %% ../../nbs/data/00_images.ipynb #1bc56b1b
+# %% ../../nbs/data/00_images.ipynb #aec25ebc
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')     # what is decoded; everything else is refused
 MAX_PIXELS = 2**26                                                 # default bound on width x height
 _open_lock = threading.Lock()
@@ -51,7 +51,7 @@ def _open(f, name, max_pixels):
         raise BadImage(f'{name}: too many pixels ({im.width} x {im.height}, at most {max_pixels:,}); nothing was decoded')
     return im
 
-# %% ../../nbs/data/00_images.ipynb #3c0c3d2d
+# %% ../../nbs/data/00_images.ipynb #057886d5
 def _eight_bits(im):
     "A grey image of more than 8 bits as 8-bit grey ('L')."
     x = np.asarray(im).astype(np.float64)
@@ -86,7 +86,7 @@ def decode_image(
         except Exception as e:   # decoders of hostile bytes raise almost anything: OSError, SyntaxError, struct.error, zlib.error
             raise BadImage(f'{name}: damaged image: {str(e) or type(e).__name__}') from e
 
-# %% ../../nbs/data/00_images.ipynb #48667b7e
+# %% ../../nbs/data/00_images.ipynb #1696d999
 def _crop_resize(im, size):
     "Short side to `size`, then the centre square."
     w, h = im.size
