@@ -6,12 +6,12 @@
 __all__ = ['BdnbError', 'did_you_mean', 'derive_seed', 'rng', 'hash_uniform', 'hash_normal', 'atomic_write', 'write_json',
            'read_json', 'stamp', 'limit_threads', 'track']
 
-# %% ../nbs/00_core.ipynb #0a61469f
+# %% ../nbs/00_core.ipynb #163efd15
 import difflib, errno, hashlib, json, os, platform, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/00_core.ipynb #1fa113af
+# %% ../nbs/00_core.ipynb #d63c6412
 class BdnbError(ValueError):
     "Bad input: a one-line message that names the file, row or option, and what to do about it."
     def __init__(self, message:str=''): # the message; line breaks become spaces, control characters their escapes
@@ -19,7 +19,7 @@ class BdnbError(ValueError):
         text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
         super().__init__(text if len(text) <= 1000 else f'{text[:600]} ... {text[-380:]}')
 
-# %% ../nbs/00_core.ipynb #7d0fec5c
+# %% ../nbs/00_core.ipynb #9c174433
 def did_you_mean(
     word:str,              # what the user wrote
     choices,               # the names that are known
@@ -32,7 +32,7 @@ def did_you_mean(
     tail = ', '.join(known[:most]) + (f', ... ({len(known) - most} more)' if len(known) > most else '')
     return (f"did you mean {folded[near[0]]!r}? " if near else '') + f"known: {tail or 'none'}"
 
-# %% ../nbs/00_core.ipynb #f7dc8917
+# %% ../nbs/00_core.ipynb #85c79d90
 def _plain(p):
     "A numpy or torch scalar as the Python number it holds, so that `derive_seed(np.int64(3)) == derive_seed(3)`."
     if isinstance(p, (tuple, list)): return tuple(_plain(q) for q in p)
@@ -52,7 +52,7 @@ def rng(*parts)->'torch.Generator':
     import torch
     return torch.Generator().manual_seed(derive_seed(*parts))
 
-# %% ../nbs/00_core.ipynb #7a13358c
+# %% ../nbs/00_core.ipynb #82a2307f
 _M32 = 0xFFFFFFFF                                # low 32 bits
 _MUL1, _MUL2 = 0x2C1B3C6D, 0x297A2D39            # odd, below 2**31: (word < 2**32) * multiplier < 2**63
 
@@ -85,7 +85,7 @@ def _hash_words(seeds, n, stream, put):
         x = _mix((count + a[rows]) & _M32)
         put(rows, _mix(x.bitwise_xor_(b[rows])))
 
-# %% ../nbs/00_core.ipynb #348edda9
+# %% ../nbs/00_core.ipynb #80190550
 def _check_seeds(seeds, n):
     import torch
     if not torch.is_tensor(seeds) or seeds.dtype != torch.int64 or seeds.ndim != 1:
@@ -124,7 +124,7 @@ def hash_normal(
     _hash_words(seeds, 2 * half, ~int(stream), put)
     return out
 
-# %% ../nbs/00_core.ipynb #766fd508
+# %% ../nbs/00_core.ipynb #b34c1d5e
 _DISK = {errno.ENOSPC: 'the disk is full', errno.EDQUOT: 'the disk quota is used up',
          errno.EFBIG: 'the file is too large for this disk',
          errno.EROFS: 'the disk is read-only', errno.EIO: 'the disk failed', errno.EACCES: 'permission denied',
@@ -169,7 +169,7 @@ def atomic_write(
         if reason: raise BdnbError(f'{path}: cannot write: {reason}') from e
         raise
 
-# %% ../nbs/00_core.ipynb #6d9d2801
+# %% ../nbs/00_core.ipynb #1dd71864
 def write_json(path, obj):
     "Write `obj` as indented JSON, atomically. NaN and infinity are refused: JSON has no such numbers."
     try: text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
@@ -184,7 +184,7 @@ def read_json(path):
     except json.JSONDecodeError as e: raise BdnbError(f'{path} line {e.lineno}: not JSON: {e.msg}') from None
     except (UnicodeDecodeError, RecursionError) as e: raise BdnbError(f'{path}: not JSON: {e}') from None
 
-# %% ../nbs/00_core.ipynb #b9f68808
+# %% ../nbs/00_core.ipynb #e09b982c
 def _cpu_name():
     info = Path('/proc/cpuinfo')
     if info.exists():
@@ -228,7 +228,7 @@ def stamp(
                 hardware=dict(cpu=_cpu_name(), cores=_cores(), gpu=gpu),
                 versions=_versions('bdnb', 'torch', 'torchvision', 'open_clip_torch', 'accelerate', 'triton', 'numpy', 'pillow'))
 
-# %% ../nbs/00_core.ipynb #34e67572
+# %% ../nbs/00_core.ipynb #a693dfa1
 def limit_threads(
     n:int=None, # at most this many; by default OMP_NUM_THREADS, or else the cores this process may use
 )->int:         # the number set

@@ -58,7 +58,8 @@ GREY3 = np.stack([RAMP] * 3, -1)
     ('webp', lambda: saved(Image.fromarray(RGB), 'WEBP', lossless=True), RGB, 0),
     ('bmp', lambda: saved(Image.fromarray(RGB), 'BMP'), RGB, 0),
     ('ppm', lambda: saved(Image.fromarray(RGB), 'PPM'), RGB, 0),
-    ('two-frame gif', lambda: saved(Image.fromarray(RAMP), 'GIF', save_all=True, append_images=[Image.new('L', (64, 16))]), GREY3, 0),
+    ('two-frame gif', lambda: saved(Image.fromarray(RAMP), 'GIF', save_all=True,
+                                    append_images=[Image.new('L', (64, 16))]), GREY3, 0),
     ('two-frame webp', lambda: saved(Image.fromarray(RGB), 'WEBP', lossless=True, save_all=True,
                                      append_images=[Image.new('RGB', (64, 16))]), RGB, 0),
 ])
@@ -93,9 +94,11 @@ NOISE = saved(Image.fromarray(np.random.default_rng(0).integers(0, 256, (99, 99,
 
 
 @pytest.mark.parametrize('src,says', [
-    (b'', '0 bytes'), (b'\xff', 'not an image'), (b'<html></html>', 'not an image'), (b'%!PS-Adobe-3.0 EPSF-3.0\n', 'not an image'),
+    (b'', '0 bytes'), (b'\xff', 'not an image'), (b'<html></html>', 'not an image'),
+    (b'%!PS-Adobe-3.0 EPSF-3.0\n', 'not an image'),
     (NOISE[:len(NOISE) // 2], 'damaged'), (NOISE[:30], 'image'), (png(9, 9, data=b''), 'damaged'), (png(9, 9, 7), 'image'),
-    (png(0, 5), 'image'), (saved(Image.fromarray(RGB), 'WEBP')[:60], 'image'), (saved(Image.fromarray(RGB), 'GIF')[:200], 'image'),
+    (png(0, 5), 'image'), (saved(Image.fromarray(RGB), 'WEBP')[:60], 'image'),
+    (saved(Image.fromarray(RGB), 'GIF')[:200], 'image'),
     (saved(Image.effect_noise((99, 99), 80), 'GIF')[:5000], 'damaged'),
     (saved(Image.fromarray(RGB), 'TIFF')[:300], 'image'),
 ])
@@ -114,6 +117,7 @@ def test_broken_paths_are_named(tmp_path):
         assert says is None or (says in str(e.value) and path.name in str(e.value)), str(e.value)
 
 
+@pytest.mark.filterwarnings('ignore::UserWarning:PIL')     # Pillow's remarks on broken TIFF tags
 def test_every_flipped_byte_is_an_image_or_a_bad_image():
     rand = np.random.default_rng(1)
     for fmt in ('PNG', 'JPEG', 'GIF', 'WEBP', 'TIFF', 'BMP', 'PPM'):

@@ -109,8 +109,10 @@ def test_bad_tables(tmp_path):
     refused(lambda: table(tmp_path, 'image,caption\n'), 'no usable rows')
     refused(lambda: table(tmp_path, '0.png,a cat\n1.png,a dog\n'), 'no image column', 'columns found: 0.png, a cat')
     refused(lambda: table(tmp_path, 'image,size\n0.png,9\n'), 'no caption column', 'columns found: image, size')
-    refused(lambda: table(tmp_path, 'image,caption\n0.png,x\n', caption_col='captoin'), "no column 'captoin'; did you mean 'caption'?")
-    refused(lambda: table(tmp_path, 'image,caption\n0.png,caf\xe9\n'.encode('latin-1')), 'pairs.csv: not utf-8 text', 'save it as UTF-8')
+    refused(lambda: table(tmp_path, 'image,caption\n0.png,x\n', caption_col='captoin'),
+            "no column 'captoin'; did you mean 'caption'?")
+    refused(lambda: table(tmp_path, 'image,caption\n0.png,caf\xe9\n'.encode('latin-1')),
+            'pairs.csv: not utf-8 text', 'save it as UTF-8')
     refused(lambda: table(tmp_path, 'image,caption\n0.png,a\n'.encode('utf-16')), 'not utf-8')
     refused(lambda: table(tmp_path, 'image,caption\n0.png,a\n', encoding='klingon'), "unknown encoding 'klingon'")
     refused(lambda: table(tmp_path, 'image,caption\n0.png,' + 'x' * 200_000), 'pairs.csv line', 'field larger')
@@ -119,7 +121,8 @@ def test_bad_tables(tmp_path):
 
 
 def test_rows_are_skipped_and_recorded(tmp_path):
-    c = table(tmp_path, '\ufeffImage,Caption,extra\n0.png,a cat,\n1.png,,\n,lost,\n2.png,a dog, and more,\n\nhttps://x.org/a.png,far,\n'
+    c = table(tmp_path, '\ufeffImage,Caption,extra\n0.png,a cat,\n1.png,,\n,lost,\n2.png,a dog, and more,\n\n'
+                        'https://x.org/a.png,far,\n'
                         'pipe:cat /etc/passwd,run,\nmissing.png,gone,\n3.png,"two\nlines, one caption",\n')
     assert c.keys == ['0.png', 'missing.png', '3.png'] and c.texts == ['a cat', 'gone', 'two lines, one caption']
     want = ['row 3: 1.png: no caption', 'row 4: no image', 'row 5: 4 cells for 3 columns', 'row 6: empty row',
@@ -141,7 +144,8 @@ def test_table_dialects(tmp_path):
     assert table(tmp_path, 'title\tfilepath\na cat, asleep\t0.png\n', 'p.tsv').texts == ['a cat, asleep']
     assert table(tmp_path, 'title\tfilepath\na cat\t0.png\n', 'p.csv').keys == ['0.png']
     names = table(tmp_path, 'path,class\n0.png,dog\n1.png,cat\n2.png,dog\n3.png,\n')
-    assert names.classes == ['cat', 'dog'] and names.labels.tolist() == [1, 0, 1] and names.texts is None and len(names.skipped) == 1
+    assert names.classes == ['cat', 'dog'] and names.labels.tolist() == [1, 0, 1]
+    assert names.texts is None and len(names.skipped) == 1
     ids = table(tmp_path, 'path,label\n0.png,10\n1.png,2\n')
     assert ids.classes is None and ids.labels.tolist() == [10, 2]
     absolute = table(tmp_path, f'image,caption\n{tmp_path}/0.png,a\n../{tmp_path.name}/1.png,b\n')
@@ -191,7 +195,8 @@ def test_a_failing_decoder_leaves_no_file(folder, tmp_path, monkeypatch):
 
 def test_cache_on_a_full_disk(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, 'open', full_open(Path.open))
-    text = refused(lambda: FolderCorpus(folder, name='zoo').cache(6, budget_bytes=1, folder=tmp_path/'c'), 'zoo-crop6.u8', 'the disk is full')
+    zoo = FolderCorpus(folder, name='zoo')
+    text = refused(lambda: zoo.cache(6, budget_bytes=1, folder=tmp_path/'c'), 'zoo-crop6.u8', 'the disk is full')
     assert str(tmp_path/'c') in text and not list((tmp_path/'c').iterdir())
 
 
@@ -244,7 +249,8 @@ def test_full_disk_for_real(tmp_path):
             "try: write_json(sys.argv[1], list(range(10_000)))\n"
             "except BdnbError as e: print(e)")
     env = dict(os.environ, PYTHONPATH=str(Path(core.__file__).parents[1]))
-    out = subprocess.run([sys.executable, '-c', code, str(tmp_path/'r.json')], capture_output=True, text=True, env=env, timeout=60)
+    out = subprocess.run([sys.executable, '-c', code, str(tmp_path/'r.json')], capture_output=True, text=True, env=env,
+                         timeout=60)
     assert out.stdout.strip() == f'{tmp_path}/r.json: cannot write: the file is too large for this disk', out
     assert not list(tmp_path.iterdir())
 
@@ -264,7 +270,8 @@ def test_full_tmpfs(tmp_path):
             "import os; print(os.listdir(sys.argv[1]))")
     env = dict(os.environ, PYTHONPATH=str(Path(core.__file__).parents[1]))
     mount = f'mount -t tmpfs -o size=64k none {disk} && exec "$@"'
-    if not shutil.which('unshare') or subprocess.run(['unshare', '-m', 'sh', '-c', mount, 'sh', 'true'], capture_output=True).returncode:
+    probe = ['unshare', '-m', 'sh', '-c', mount, 'sh', 'true']
+    if not shutil.which('unshare') or subprocess.run(probe, capture_output=True).returncode:
         pytest.skip('mounting needs privileges')
     out = subprocess.run(['unshare', '-m', 'sh', '-c', mount, 'sh', sys.executable, '-c', code, str(disk)],
                          capture_output=True, text=True, env=env, timeout=120)
@@ -284,14 +291,20 @@ def test_unwritable_places(tmp_path):
 
 # ---------------------------------------------------------------- numbers by counter
 
-@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))])
+CUDA = pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))
+
+
+@pytest.mark.parametrize('device', ['cpu', CUDA])
 def test_hash_numbers_do_not_depend_on_batch_or_device(device):
     seeds = torch.tensor([0, 1, -1, 2**63 - 1, -2**63, 2**32, 2**32 + 1] + list(range(500)))
     for f in (hash_uniform, hash_normal):
         for n in (1, 2, 7, 3072):
             whole = f(seeds, n, stream=3)
-            assert torch.equal(f(seeds.to(device), n, stream=3).cpu(), whole) and torch.isfinite(whole).all()
-            assert torch.equal(f(seeds[5:6].to(device), n, stream=3).cpu()[0], whole[5])
+            there = f(seeds.to(device), n, stream=3)
+            assert torch.isfinite(whole).all() and torch.equal(f(seeds[5:6].to(device), n, stream=3)[0], there[5])
+            if f is hash_uniform or device == 'cpu': assert torch.equal(there.cpu(), whole)
+            else:                             # log and cos of two devices: a last bit in one number of a hundred million
+                assert (there.cpu() != whole).float().mean() < 1e-5 and (there.cpu() - whole).abs().max() < 1e-6
     assert hash_uniform(seeds[:0], 5).shape == (0, 5) and hash_normal(seeds, 0).shape == (507, 0)
     assert len(hash_uniform(seeds, 64).unique(dim=0)) == len(seeds.unique())
 

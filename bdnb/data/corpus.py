@@ -6,7 +6,7 @@
 __all__ = ['MAX_CAPTION', 'SUFFIXES', 'Sample', 'Corpus', 'SubsetCorpus', 'ArrayCorpus', 'FolderCorpus', 'clean_caption',
            'CsvCorpus', 'MergedCorpus', 'merge']
 
-# %% ../../nbs/data/01_corpus.ipynb #2cef847b
+# %% ../../nbs/data/01_corpus.ipynb #a121f515
 import copy, csv, os, re, shutil, tempfile, weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from PIL import Image
 from ..core import BdnbError, atomic_write, derive_seed, did_you_mean, rng, track
 from .images import BadImage, fit_image, load_image
 
-# %% ../../nbs/data/01_corpus.ipynb #b9bedf60
+# %% ../../nbs/data/01_corpus.ipynb #7274f658
 @dataclass(frozen=True, eq=False)
 class Sample:
     "One picture and what is known about it."
@@ -30,7 +30,7 @@ class Sample:
 
 MAX_CAPTION = 2000           # characters of a caption that are kept
 
-# %% ../../nbs/data/01_corpus.ipynb #6cfa5162
+# %% ../../nbs/data/01_corpus.ipynb #c1f551c1
 def _labels(labels, classes, keys, name):
     "Labels as int64 [N], checked against the class names."
     if labels is None: return None
@@ -43,12 +43,13 @@ def _labels(labels, classes, keys, name):
 def _check(name, keys, **columns):
     "Every column is as long as the keys, and no key comes twice."
     for what, column in columns.items():
-        if column is not None and len(column) != len(keys): raise BdnbError(f'{name}: {len(column)} {what} for {len(keys)} images')
+        if column is not None and len(column) != len(keys):
+            raise BdnbError(f'{name}: {len(column)} {what} for {len(keys)} images')
     if len(set(keys)) < len(keys):
         seen = set()
         raise BdnbError(f'{name}: two samples have the key {next(k for k in keys if k in seen or seen.add(k))!r}')
 
-# %% ../../nbs/data/01_corpus.ipynb #73595467
+# %% ../../nbs/data/01_corpus.ipynb #c42249f0
 class Corpus:
     """A map-style list of samples; a subclass defines `_image(i, size, fit)`.
 
@@ -96,26 +97,29 @@ class Corpus:
 
     def __getitem__(self, i): return self.sample(i)
 
-    def _skip(self, key, reason):
-        "Record a sample as left out, once."
-        if (key, reason) not in self._seen:
-            self._seen.add((key, reason)); self.skipped.append((key, reason))
+# %% ../../nbs/data/01_corpus.ipynb #17dc991f
+def _skip(self:Corpus, key, reason):
+    "Record a sample as left out, once."
+    if (key, reason) not in self._seen:
+        self._seen.add((key, reason)); self.skipped.append((key, reason))
 
-    def _none_left(self, reason):
-        return BdnbError(f'{self.name}: none of its {len(self):,} images can be used; the first: {reason}')
+def _none_left(self:Corpus, reason):
+    return BdnbError(f'{self.name}: none of its {len(self):,} images can be used; the first: {reason}')
 
-    def __iter__(self):
-        "The good samples in order; bad ones are recorded in `skipped`."
-        good, first = 0, None
-        for i, key in enumerate(self.keys):
-            try: s = self.sample(i)
-            except BadImage as e:
-                first = first or e; self._skip(key, str(e)); continue
-            good += 1
-            yield s
-        if first and not good: raise self._none_left(first)
+def _iter(self:Corpus):
+    "The good samples in order; bad ones are recorded in `skipped`."
+    good, first = 0, None
+    for i, key in enumerate(self.keys):
+        try: s = self.sample(i)
+        except BadImage as e:
+            first = first or e; self._skip(key, str(e)); continue
+        good += 1
+        yield s
+    if first and not good: raise self._none_left(first)
 
-# %% ../../nbs/data/01_corpus.ipynb #b636326e
+Corpus._skip, Corpus._none_left, Corpus.__iter__ = _skip, _none_left, _iter
+
+# %% ../../nbs/data/01_corpus.ipynb #108442a1
 def _pick(column, index): return None if column is None else [column[i] for i in index]
 
 def _index(indices, n, name):
@@ -145,7 +149,7 @@ def _split(self:Corpus,
     order = torch.randperm(n, generator=rng('split', seed)).numpy()
     return self.subset(np.sort(order[:k])), self.subset(np.sort(order[k:]))
 
-# %% ../../nbs/data/01_corpus.ipynb #4f462060
+# %% ../../nbs/data/01_corpus.ipynb #009545ff
 def _with_captions(self:Corpus,
     templates=('a photo of a {}.',), # strings with {}, or functions of the class name (as open_clip's)
     seed:int=0,                      # with the key, picks a template
@@ -179,7 +183,7 @@ def _with(self:Corpus, **fields):
 Corpus.subset, Corpus.split, Corpus._with = _subset, _split, _with
 Corpus.with_captions, Corpus.target_id = _with_captions, _target_id
 
-# %% ../../nbs/data/01_corpus.ipynb #af65d615
+# %% ../../nbs/data/01_corpus.ipynb #00d9cbb4
 class SubsetCorpus(Corpus):
     "Some samples of another corpus, in a given order."
     def __init__(self, base:Corpus, index):
@@ -188,7 +192,7 @@ class SubsetCorpus(Corpus):
         self.base, self.index = base, index
     def _image(self, i, size=None, fit='crop'): return self.base._image(int(self.index[i]), size, fit)
 
-# %% ../../nbs/data/01_corpus.ipynb #1160ceda
+# %% ../../nbs/data/01_corpus.ipynb #8914fef2
 class ArrayCorpus(Corpus):
     "A corpus in memory (or mapped from a file): `images` uint8 [N, 3, S, S]."
     def __init__(self,
@@ -235,7 +239,7 @@ class ArrayCorpus(Corpus):
                           texts=_pick(self.texts, index), captions=_pick(self.captions, index),
                           _rows=rows if self._rows is None else self._rows[rows])
 
-# %% ../../nbs/data/01_corpus.ipynb #648ba2c6
+# %% ../../nbs/data/01_corpus.ipynb #4cb453cb
 def _decoded(corpus, size, fit, workers):
     "(index, image or BadImage) for every sample, in order, decoded by a few threads."
     def one(i):
@@ -254,7 +258,7 @@ def _map_file(path, fill, good, size):
     with atomic_write(path) as tmp, tmp.open('wb') as f: fill(lambda row, x: f.write(x.numpy().tobytes()))
     return torch.from_numpy(np.memmap(path, np.uint8, 'r+', shape=(len(good), 3, size, size)))
 
-# %% ../../nbs/data/01_corpus.ipynb #f0d97e95
+# %% ../../nbs/data/01_corpus.ipynb #676b7fc8
 def _cache(self:Corpus,
     size:int,                 # side of the square
     fit:str='crop',           # 'crop' or 'squash'
@@ -295,7 +299,7 @@ def _columns(self:Corpus, images, index):
 
 Corpus.cache, Corpus._columns = _cache, _columns
 
-# %% ../../nbs/data/01_corpus.ipynb #108826b4
+# %% ../../nbs/data/01_corpus.ipynb #33b1be9f
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
 
 def _walk(folder):
@@ -335,7 +339,7 @@ class FolderCorpus(Corpus):
                          classes=None if loose else [_key(Path(p.name)) for p in folders])
     def _image(self, i, size=None, fit='crop'): return load_image(self.paths[i], size, fit)
 
-# %% ../../nbs/data/01_corpus.ipynb #2b0f0a98
+# %% ../../nbs/data/01_corpus.ipynb #783a56f1
 _COLUMNS = dict(image=('image', 'filepath', 'path', 'file', 'filename', 'image_path', 'img'),
                 caption=('caption', 'title', 'text'), label=('label', 'class'))
 _URL = re.compile(r'^(?:[A-Za-z][A-Za-z0-9+.-]*://|(?:pipe|data|file|http|https|s3|gs|ftp):)', re.I)
@@ -377,7 +381,7 @@ def _column(path, header, what, wanted, needed):
     if needed: raise BdnbError(f"{path}: no {what} column: the header must name one of {', '.join(_COLUMNS[what])}; "
                                f"columns found: {', '.join(h[:40] for h in header[:20])}")
 
-# %% ../../nbs/data/01_corpus.ipynb #65951ffb
+# %% ../../nbs/data/01_corpus.ipynb #12dca3ea
 class CsvCorpus(Corpus):
     """Images with captions and/or labels from a CSV or TSV file with a header; keys are the image cells.
 
@@ -436,7 +440,7 @@ class CsvCorpus(Corpus):
     def _image(self, i, size=None, fit='crop'):
         return load_image(self.folder/self.cells[i], size, fit, name=f'{self.where[i]}: {self.cells[i]}')
 
-# %% ../../nbs/data/01_corpus.ipynb #59f7a1ec
+# %% ../../nbs/data/01_corpus.ipynb #2380cb1f
 class MergedCorpus(Corpus):
     "Corpora end to end, as a view."
     def __init__(self, parts, **columns):
