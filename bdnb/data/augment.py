@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['actions', 'draw_actions', 'apply_actions', 'autoaugment']
 
-# %% ../../nbs/data/08_augment.ipynb #ef4a2417
+# %% ../../nbs/data/08_augment.ipynb #b5ea8c1f
 import numpy as np, torch
 from functools import lru_cache
 from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy, InterpolationMode
 from ..core import BdnbError, did_you_mean
 
-# %% ../../nbs/data/08_augment.ipynb #85f883cb
+# %% ../../nbs/data/08_augment.ipynb #e624f949
 def _apply_one(images, action):
     "torchvision's own operation on uint8 [..., 3, H, W]."
     name, magnitude = action
@@ -24,7 +24,7 @@ def _tv(policy):
     if policy not in known: raise BdnbError(f'unknown policy {policy!r}; {did_you_mean(policy, known)}')
     return AutoAugment(AutoAugmentPolicy(policy))
 
-# %% ../../nbs/data/08_augment.ipynb #43f45380
+# %% ../../nbs/data/08_augment.ipynb #5c4a3afb
 @lru_cache(maxsize=64)
 def actions(
     height:int,               # of the pictures: translations are a share of it
@@ -44,7 +44,7 @@ def actions(
                 table[p, stage, sign] = found.setdefault(action, len(found))
     return list(found), torch.tensor([[q for _, q, _ in sub] for sub in tv._policies]), table
 
-# %% ../../nbs/data/08_augment.ipynb #18f60c45
+# %% ../../nbs/data/08_augment.ipynb #1501b6a0
 def draw_actions(
     n:int,                       # pictures
     generator:torch.Generator,   # on the CPU
@@ -58,7 +58,7 @@ def draw_actions(
     drawn = table[sub[:, None], torch.arange(2), (sign <= .5).long()]
     return torch.where(happens <= probability[sub], drawn, 0)
 
-# %% ../../nbs/data/08_augment.ipynb #1dd8d34d
+# %% ../../nbs/data/08_augment.ipynb #65681f32
 _POINTWISE = {'Posterize', 'Solarize', 'Invert', 'Brightness'}
 _GEOMETRIC = {'Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY'}
 
@@ -81,7 +81,7 @@ def _through(x, tables):
 def _pointwise(x, ids, policy):
     return _through(x, _lookup(*x.shape[-2:], policy, x.device)[torch.from_numpy(ids).to(x.device)])
 
-# %% ../../nbs/data/08_augment.ipynb #de59ada6
+# %% ../../nbs/data/08_augment.ipynb #237748f0
 def _histograms(x):
     "int64 [n, 3, 256] of uint8 [n, 3, H, W]."
     if x.device.type == 'cpu': return torch.stack([torch.bincount(p, minlength=256) for p in x.flatten(0, 1).flatten(1)]).view(-1, 3, 256)
@@ -97,7 +97,7 @@ def _equalize(x, ids, policy):
     table = ((torch.nn.functional.pad(total[..., :-1], (1, 0)) + step//2)//step.clamp(min=1)).clamp(0, 255)
     return _through(x, torch.where(step > 0, table, torch.arange(256, device=x.device)).to(torch.uint8))
 
-# %% ../../nbs/data/08_augment.ipynb #a9685be5
+# %% ../../nbs/data/08_augment.ipynb #beaf9956
 @lru_cache(maxsize=16)
 def _sources(height, width, policy, device):
     "(int64 [G, H*W], row of each action): where pixels come from; 0 is outside, k + 1 the k-th pixel. Made on the CPU for all devices."
@@ -115,7 +115,7 @@ def _geometric(x, ids, policy):
     source = maps[torch.from_numpy(row[ids]).to(x.device)][:, None].expand(-1, 3, -1)
     return torch.nn.functional.pad(x.flatten(2), (1, 0)).gather(2, source).view_as(x)
 
-# %% ../../nbs/data/08_augment.ipynb #2488bedd
+# %% ../../nbs/data/08_augment.ipynb #8c98ee72
 def _by_strength(x, ids, policy):
     "torchvision's operation for all pictures with the same action."
     acts = actions(*x.shape[-2:], policy)[0]
@@ -138,7 +138,7 @@ def _stage(x, ids, acts, policy):
         x[at] = kind(x[at], ids[mine], policy)
     return x
 
-# %% ../../nbs/data/08_augment.ipynb #b622a1b4
+# %% ../../nbs/data/08_augment.ipynb #31c6d395
 def apply_actions(
     images:torch.Tensor,      # uint8 [B, 3, H, W], any device; not changed
     drawn:torch.Tensor,       # int64 [B, 2] from `draw_actions`, on the CPU
