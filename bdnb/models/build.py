@@ -7,7 +7,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'Tokenizer', 'text_tower', 'causal_text', 'e
            'default_tokenizer', 'ClipModel', 'list_models', 'offline_aware', 'build_net', 'create_model',
            'is_file_name', 'check_name']
 
-# %% ../../nbs/models/01_build.ipynb #67465157
+# %% ../../nbs/models/01_build.ipynb #ab30789e
 import hashlib, logging, math, os, socket, urllib.request
 from array import array
 from contextlib import contextmanager
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 from ..core import BdnbError, did_you_mean
 
-# %% ../../nbs/models/01_build.ipynb #03a5a3ba
+# %% ../../nbs/models/01_build.ipynb #9b4b5ce7
 class Tokenizer:
-    "Captions -> int64 [B, L], L at most `context_length`; remembers captions. `crops` says whether L follows the longest caption."
+    "Captions -> int64 [B, L], L at most `context_length`. `crops`: whether L follows the longest caption."
     def __init__(self, raw, # an open_clip tokenizer
                  context_length:int=77, # places in the text tower
-                 remember:int=2**18): # captions kept (least recently used go first)
+                 remember:int=2**18): # captions kept
         self.raw, self.context_length = raw, context_length
         self.crops = all(hasattr(raw, a) for a in ('pat', 'bpe', 'encoder', 'byte_encoder', 'clean_fn')) and not raw.reduction_fn
         self.packed = lru_cache(remember)(self.pack)
@@ -52,21 +52,21 @@ class Tokenizer:
     def __deepcopy__(self, memo): return self             # a copied model shares its tokenizer and what that remembers
     def __reduce__(self): return type(self), (self.raw, self.context_length, self.packed.cache_parameters()['maxsize'])
 
-# %% ../../nbs/models/01_build.ipynb #622cbfed
+# %% ../../nbs/models/01_build.ipynb #90233613
 def text_tower(net:nn.Module) -> nn.Module: # whose parts are the text tower's
     "open_clip's `CustomTextCLIP` keeps the text tower in `.text`, its `CLIP` has the parts lying in the open."
     return net.text if hasattr(net, 'text') else net
 
 def causal_text(net:nn.Module) -> nn.Module|None: # the module that owns the text tower's parts, or None
-    "The text tower of an open_clip `CLIP` / `CustomTextCLIP` (or `tiny_clip`) if dropping the places behind EOT cannot change its answer."
+    "The text tower of open_clip's `CLIP` or `CustomTextCLIP`, or `tiny_clip`, if places behind EOT cannot change its answer."
     t = text_tower(net)
     parts = ('token_embedding', 'positional_embedding', 'transformer', 'ln_final', 'text_projection')
     mask, pool = getattr(t, 'attn_mask', None), getattr(t, 'text_pool_type', getattr(t, 'pool_type', None))
     if not all(hasattr(t, p) for p in parts) or mask is None or pool not in ('argmax', 'eos'): return None
-    if getattr(t, 'cls_emb', None) is not None or getattr(t, 'use_pad_mask', False) or getattr(t, 'output_tokens', False): return None
+    if getattr(t, 'cls_emb', None) is not None or getattr(t, 'use_pad_mask', False): return None
     return t if mask.ndim == 2 and torch.equal(mask, torch.full_like(mask, -math.inf).triu_(1)) else None
 
-# %% ../../nbs/models/01_build.ipynb #9f309eee
+# %% ../../nbs/models/01_build.ipynb #4322880d
 def encode_cropped(t:nn.Module, # what `causal_text` returned
                    tokens:torch.Tensor, # int64 [B, L], L <= context length, every row with its EOT
                   ) -> torch.Tensor: # [B, D], not normalised
@@ -81,7 +81,7 @@ def encode_cropped(t:nn.Module, # what `causal_text` returned
     if proj is None: return x
     return proj(x) if isinstance(proj, nn.Linear) else x @ proj
 
-# %% ../../nbs/models/01_build.ipynb #68fcf6b5
+# %% ../../nbs/models/01_build.ipynb #76987234
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 def text_weight(key): return key.split('.')[0] not in ('visual', 'logit_scale', 'logit_bias')
@@ -102,11 +102,11 @@ def default_tokenizer(context_length:int=77) -> Tokenizer:
     import open_clip
     return Tokenizer(open_clip.SimpleTokenizer(), context_length)
 
-# %% ../../nbs/models/01_build.ipynb #602d0bd2
+# %% ../../nbs/models/01_build.ipynb #e36109f3
 class ClipModel(nn.Module):
     """An open_clip network with its name, picture size, normalisation and tokenizer.
 
-    `net` is the network itself and its `state_dict` has open_clip's keys; `mean` and `std` are buffers [3] outside of any state dict."""
+    `net.state_dict()` has open_clip's keys; `mean` and `std` are buffers [3] outside of any state dict."""
     def __init__(self, net:nn.Module, # open_clip `CLIP` / `CustomTextCLIP`, or `tiny_clip()`
                  name:str, # under which `create_model` builds the same architecture
                  tokenizer=None): # an open_clip tokenizer; the usual byte-pair one by default
@@ -115,7 +115,8 @@ class ClipModel(nn.Module):
         self.net, self.name, self.crops = net, name, causal_text(net) is not None
         self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
         self.context_length = int(net.context_length)
-        self.set_normalisation(getattr(net.visual, 'image_mean', None) or CLIP_MEAN, getattr(net.visual, 'image_std', None) or CLIP_STD)
+        mean, std = getattr(net.visual, 'image_mean', None), getattr(net.visual, 'image_std', None)
+        self.set_normalisation(mean or CLIP_MEAN, std or CLIP_STD)
         self._tokenizer = Tokenizer(tokenizer, self.context_length) if tokenizer else None
     def set_normalisation(self, mean, std):
         "Per-channel mean and standard deviation of 0..1 pictures."
@@ -155,7 +156,7 @@ class ClipModel(nn.Module):
         z = encode_cropped(text_tower(self.net), tokens)
         return F.normalize(z, dim=-1) if normalize else z
     def forward(self, images=None, tokens=None):
-        "Pictures (uint8 or 0..1) and tokens, either may be None -> (image features | None, text features | None, exp(logit scale))."
+        "Pictures (uint8 or 0..1) and tokens, either may be None -> (image features | None, text features | None, exp(scale))."
         return (None if images is None else self.encode_image(self.normalise(images)),
                 None if tokens is None else self.encode_text(tokens), self.logit_scale.exp())
 
@@ -170,7 +171,7 @@ class ClipModel(nn.Module):
         state = {k: v for k, v in self.net.state_dict().items() if text_weight(k)}
         return weights_hash(state, self.name, self.context_length)
 
-# %% ../../nbs/models/01_build.ipynb #b15b126d
+# %% ../../nbs/models/01_build.ipynb #89caec51
 def list_models() -> list[str]: # names for `create_model`
     "`tiny`, and all architectures of open_clip."
     import open_clip
@@ -178,7 +179,7 @@ def list_models() -> list[str]: # names for `create_model`
 
 @contextmanager
 def offline_aware():
-    "Within: Hugging Face downloads look into the local cache only if the hub's address cannot be resolved, and complain by exceptions only."
+    "Within: where the hub's address cannot be resolved, Hugging Face uses its local cache only; no warnings."
     from huggingface_hub import constants
     was, level = constants.HF_HUB_OFFLINE, logging.root.manager.disable
     try:
@@ -190,34 +191,36 @@ def offline_aware():
         constants.HF_HUB_OFFLINE = was
         logging.disable(level)
 
-# %% ../../nbs/models/01_build.ipynb #3d4abd47
+# %% ../../nbs/models/01_build.ipynb #cb54e2db
 def build_net(name:str, # 'tiny', an open_clip name, or 'hf-hub:owner/repository'
               tag:str|None=None, # open_clip's pretrained tag
               image_size:int|None=None, # the architecture's own by default
               seed:int=0): # of fresh weights
-    "The network, its tokenizer (None for the usual) and the name that tells its architecture. The global random state is left alone."
+    "(network, tokenizer or None for the usual, name that tells the architecture). The global random state is left alone."
     import open_clip
     cfg = open_clip.get_pretrained_cfg(name, tag) if tag else {}
     if cfg.get('quick_gelu') and f"{name}-quickgelu" in open_clip.list_models(): name += '-quickgelu'
     with torch.random.fork_rng(devices=[]), offline_aware():
         torch.default_generator.manual_seed(seed)
         try:
-            net = open_clip.create_model(name, pretrained=tag, force_image_size=image_size, weights_only=True, pretrained_text=False,
-                                         require_pretrained=bool(tag) or name.startswith('hf-hub:'))
+            net = open_clip.create_model(name, pretrained=tag, force_image_size=image_size, weights_only=True,
+                                         pretrained_text=False, require_pretrained=bool(tag) or name.startswith('hf-hub:'))
             raw = open_clip.get_tokenizer(name)
-            if image_size: net.eval().visual(torch.zeros(1, 3, image_size, image_size))     # some towers find out only when they run
+            if image_size: net.eval().visual(torch.zeros(1, 3, image_size, image_size))     # some find out only when they run
         except Exception as e:                       # whatever open_clip, timm, transformers or the network raise
-            what = (f"pretrained weights {tag!r} of {name!r}" if tag else f"model {name!r}") + (f" at image_size={image_size}" if image_size else '')
-            raise BdnbError(f"cannot get {what}: {e!s:.120}; without network, pass a local checkpoint file or pretrained=None") from e
+            what = f"pretrained weights {tag!r} of {name!r}" if tag else f"model {name!r}"
+            if image_size: what += f" at image_size={image_size}"
+            raise BdnbError(f"cannot get {what}: {e!s:.120}; "
+                            "without network, pass a local checkpoint file or pretrained=None") from e
     return net, None if isinstance(raw, open_clip.SimpleTokenizer) and not raw.reduction_fn else raw, name
 
-# %% ../../nbs/models/01_build.ipynb #ea8897cc
+# %% ../../nbs/models/01_build.ipynb #2d763013
 def create_model(name:str='tiny', # see `list_models`; or 'hf-hub:owner/repository'
                  pretrained:str|Path|None=None, # None for fresh weights, a checkpoint file, or an open_clip tag such as 'openai'
                  image_size:int|None=None, # side of the pictures; by default 32 for 'tiny' and the architecture's own for others
                  seed:int=0, # of fresh weights
                 ) -> ClipModel: # float32, on the CPU, in evaluation mode
-    "Build a model. Raises `BdnbError` for an unknown name or tag, a file that is no checkpoint, or weights that cannot be fetched."
+    "Build a model. `BdnbError` for an unknown name or tag, a file that is no checkpoint, or weights that cannot be fetched."
     if image_size is not None and not 16 <= image_size <= 1024: raise BdnbError(f"image_size={image_size}: choose 16 to 1024")
     file, tag = (Path(pretrained), None) if is_file_name(pretrained) else (None, pretrained)
     if name == 'tiny':
@@ -236,12 +239,14 @@ def create_model(name:str='tiny', # see `list_models`; or 'hf-hub:owner/reposito
 
 def is_file_name(p) -> bool: # True for a path, False for None or a tag
     "A path is a `Path`, something with a folder or a checkpoint's extension in it, or a file that exists."
-    return p is not None and (isinstance(p, Path) or os.sep in p or p.endswith(('.safetensors', '.pt', '.pth', '.bin')) or os.path.isfile(p))
+    if p is None or isinstance(p, Path): return p is not None
+    return os.sep in p or p.endswith(('.safetensors', '.pt', '.pth', '.bin')) or os.path.isfile(p)
 
 def check_name(name, tag=None):
     "Raise `BdnbError` unless open_clip knows the architecture, and the tag for it."
     import open_clip
-    if name not in (known := open_clip.list_models()): raise BdnbError(f"unknown model {name!r}; {did_you_mean(name, ['tiny', *known])}")
+    if name not in (known := open_clip.list_models()):
+        raise BdnbError(f"unknown model {name!r}; {did_you_mean(name, ['tiny', *known])}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag and tag not in tags:
         raise BdnbError(f"unknown pretrained weights {tag!r} for {name!r}, and no such file; {did_you_mean(tag, tags)}")
