@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['actions', 'draw_actions', 'apply_actions', 'autoaugment']
 
-# %% ../../nbs/data/08_augment.ipynb #b5ea8c1f
+# %% ../../nbs/data/08_augment.ipynb #6dae72dc
 import numpy as np, torch
 from functools import lru_cache
 from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy, InterpolationMode
 from ..core import BdnbError, did_you_mean
 
-# %% ../../nbs/data/08_augment.ipynb #e624f949
+# %% ../../nbs/data/08_augment.ipynb #62d8abf5
 def _apply_one(images, action):
     "torchvision's own operation on uint8 [..., 3, H, W]."
     name, magnitude = action
@@ -24,7 +24,7 @@ def _tv(policy):
     if policy not in known: raise BdnbError(f'unknown policy {policy!r}; {did_you_mean(policy, known)}')
     return AutoAugment(AutoAugmentPolicy(policy))
 
-# %% ../../nbs/data/08_augment.ipynb #5c4a3afb
+# %% ../../nbs/data/08_augment.ipynb #e80a11ca
 @lru_cache(maxsize=64)
 def actions(
     height:int,               # of the pictures: translations are a share of it
@@ -44,7 +44,7 @@ def actions(
                 table[p, stage, sign] = found.setdefault(action, len(found))
     return list(found), torch.tensor([[q for _, q, _ in sub] for sub in tv._policies]), table
 
-# %% ../../nbs/data/08_augment.ipynb #1501b6a0
+# %% ../../nbs/data/08_augment.ipynb #0b928229
 def draw_actions(
     n:int,                       # pictures
     generator:torch.Generator,   # on the CPU
@@ -58,8 +58,9 @@ def draw_actions(
     drawn = table[sub[:, None], torch.arange(2), (sign <= .5).long()]
     return torch.where(happens <= probability[sub], drawn, 0)
 
-# %% ../../nbs/data/08_augment.ipynb #65681f32
+# %% ../../nbs/data/08_augment.ipynb #da0e8550
 _POINTWISE = {'Posterize', 'Solarize', 'Invert', 'Brightness'}
+_LARGE = 2**14            # pixels from which a CPU is quicker one picture, and one plane, at a time
 _GEOMETRIC = {'Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY'}
 
 @lru_cache(maxsize=64)
@@ -69,35 +70,47 @@ def _lookup(height, width, policy, device):
     rows = [_apply_one(values.expand(3, 1, 256), a)[0] if a[0] in _POINTWISE else values[None] for a in actions(height, width, policy)[0]]
     return torch.stack(rows).to(device)
 
-def _through(x, tables):
-    "uint8 [n, 3, H, W] through tables uint8 [n, 1 or 3, 256]."
-    if x.device.type != 'cpu': return tables.expand(-1, 3, -1).gather(2, x.flatten(2).long()).view_as(x)
+def _translate(x, tables):
+    "On a CPU: `bytes.translate`, plane by plane."
     tables = tables.flatten(0, 1).numpy()
     out = np.empty((len(tables), x.numel()//len(tables)), np.uint8)
     for row, plane, table in zip(out, x.reshape(out.shape).numpy(), tables):
         row[:] = np.frombuffer(plane.tobytes().translate(table.tobytes()), np.uint8)
     return torch.from_numpy(out).view_as(x)
 
+def _gather(x, tables):
+    "On any device: one indexed read."
+    return tables.expand(-1, 3, -1).gather(2, x.flatten(2).long()).view_as(x)
+
+def _bytewise(x): return x.device.type == 'cpu' and x.shape[-2]*x.shape[-1] >= _LARGE
+
+def _through(x, tables):
+    "uint8 [n, 3, H, W] through tables uint8 [n, 1 or 3, 256]."
+    return (_translate if _bytewise(x) else _gather)(x, tables)
+
 def _pointwise(x, ids, policy):
     return _through(x, _lookup(*x.shape[-2:], policy, x.device)[torch.from_numpy(ids).to(x.device)])
 
-# %% ../../nbs/data/08_augment.ipynb #237748f0
-def _histograms(x):
-    "int64 [n, 3, 256] of uint8 [n, 3, H, W]."
-    if x.device.type == 'cpu': return torch.stack([torch.bincount(p, minlength=256) for p in x.flatten(0, 1).flatten(1)]).view(-1, 3, 256)
+# %% ../../nbs/data/08_augment.ipynb #876d8116
+def _count(x):
+    "On a CPU: histograms plane by plane."
+    return torch.stack([torch.bincount(p, minlength=256) for p in x.flatten(0, 1).flatten(1)]).view(-1, 3, 256)
+
+def _scatter(x):
+    "On any device: histograms by one indexed addition."
     counts = torch.zeros(*x.shape[:2], 256, dtype=torch.int64, device=x.device)
     return counts.scatter_add_(2, x.flatten(2).long(), counts.new_ones(1).expand(*x.shape[:2], x.shape[2]*x.shape[3]))
 
 def _equalize(x, ids, policy):
     "Pillow's rule: the table is the cumulative histogram in steps of (pixels not of the brightest value present) / 255."
-    counts = _histograms(x)
+    counts = (_count if _bytewise(x) else _scatter)(x)                    # int64 [n, 3, 256]
     total = counts.cumsum(2)
     brightest = total.argmax(2, keepdim=True)
     step = (total[..., -1:] - counts.gather(2, brightest))//255
     table = ((torch.nn.functional.pad(total[..., :-1], (1, 0)) + step//2)//step.clamp(min=1)).clamp(0, 255)
     return _through(x, torch.where(step > 0, table, torch.arange(256, device=x.device)).to(torch.uint8))
 
-# %% ../../nbs/data/08_augment.ipynb #beaf9956
+# %% ../../nbs/data/08_augment.ipynb #80bffdb5
 @lru_cache(maxsize=16)
 def _sources(height, width, policy, device):
     "(int64 [G, H*W], row of each action): where pixels come from; 0 is outside, k + 1 the k-th pixel. Made on the CPU for all devices."
@@ -115,7 +128,7 @@ def _geometric(x, ids, policy):
     source = maps[torch.from_numpy(row[ids]).to(x.device)][:, None].expand(-1, 3, -1)
     return torch.nn.functional.pad(x.flatten(2), (1, 0)).gather(2, source).view_as(x)
 
-# %% ../../nbs/data/08_augment.ipynb #8c98ee72
+# %% ../../nbs/data/08_augment.ipynb #74efeeab
 def _by_strength(x, ids, policy):
     "torchvision's operation for all pictures with the same action."
     acts = actions(*x.shape[-2:], policy)[0]
@@ -138,7 +151,7 @@ def _stage(x, ids, acts, policy):
         x[at] = kind(x[at], ids[mine], policy)
     return x
 
-# %% ../../nbs/data/08_augment.ipynb #31c6d395
+# %% ../../nbs/data/08_augment.ipynb #0cb59b8d
 def apply_actions(
     images:torch.Tensor,      # uint8 [B, 3, H, W], any device; not changed
     drawn:torch.Tensor,       # int64 [B, 2] from `draw_actions`, on the CPU
@@ -147,7 +160,7 @@ def apply_actions(
     "Carry out the two stages, kind by kind, piece by piece."
     (h, w), out = images.shape[-2:], images.clone()
     acts = actions(h, w, policy)[0]
-    piece = 1 if h*w*255 >= 2**24 else max(1, (2**18 if images.device.type == 'cpu' else 2**27)//(3*h*w))
+    piece = 1 if _bytewise(images) or h*w*255 >= 2**24 else max(1, (2**22 if images.device.type == 'cpu' else 2**27)//(3*h*w))
     for k in range(0, len(out), piece):
         part = out[k:k + piece]
         first, second = drawn[k:k + piece].numpy().T
