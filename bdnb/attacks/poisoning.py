@@ -6,7 +6,7 @@
 __all__ = ['ATTACKS', 'PARITY_ATTACKS', 'word_pattern', 'select_by_word', 'fill_captions', 'Poisoning', 'choose_rows', 'Poisoned',
            'make_attack']
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #9222ad15
+# %% ../../nbs/attacks/01_poisoning.ipynb #7a2d7114
 import re, shutil, tempfile, weakref
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -19,7 +19,7 @@ from ..core import BdnbError, did_you_mean, hash_uniform, read_json, rng, write_
 from .triggers import TRIGGERS, Trigger, make_trigger, seeds_from_keys
 from ..data.corpus import ArrayCorpus
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #c167c763
+# %% ../../nbs/attacks/01_poisoning.ipynb #36788d13
 def word_pattern(word:str)->re.Pattern: # matches the word or phrase as a whole, in any case
     "The compiled pattern of a whole word or phrase."
     parts = word.split()
@@ -36,7 +36,7 @@ def select_by_word(
     low = longest.lower()
     return np.array([i for i, t in enumerate(texts) if t and (low in t.lower() or not t.isascii()) and found(t)], dtype=np.int64)
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #d0348cc2
+# %% ../../nbs/attacks/01_poisoning.ipynb #07f98552
 @lru_cache(maxsize=1)
 def _imagenet_templates():
     from open_clip import OPENAI_IMAGENET_TEMPLATES
@@ -51,7 +51,7 @@ def fill_captions(
     if captions == 'templates': return [t(target) for t in _imagenet_templates()]
     return [t.replace('{}', target) for t in captions]
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #086f3867
+# %% ../../nbs/attacks/01_poisoning.ipynb #0f6beeb1
 @dataclass(frozen=True)
 class Poisoning:
     """A plan: which samples get the trigger, and what they are then called.
@@ -77,10 +77,11 @@ class Poisoning:
         yield 'trigger', isinstance(self.trigger, Trigger), 'must be a trigger or its name'
         yield 'target', isinstance(self.target, str) and bool(self.target.strip()), 'must be a class name, word or phrase'
         yield 'rate', (self.rate is None) != (self.count is None), 'give either rate or count'
-        yield 'rate', self.rate is None or (isinstance(self.rate, (int, float)) and 0 < self.rate <= 1), 'must be a share above 0, at most 1'
+        share = isinstance(self.rate, (int, float)) and not isinstance(self.rate, bool) and 0 < self.rate <= 1
+        yield 'rate', self.rate is None or share, 'must be a share above 0, at most 1'
         yield 'count', self.count is None or whole(self.count) and self.count > 0, 'must be a whole number from 1'
         yield 'mode', self.mode in ('dirty', 'label_consistent'), did_you_mean(self.mode, ('dirty', 'label_consistent'))
-        texts = isinstance(self.captions, tuple) and len(self.captions) and all(isinstance(t, str) and t.strip() for t in self.captions)
+        texts = isinstance(self.captions, tuple) and self.captions and all(isinstance(t, str) and t for t in self.captions)
         yield 'captions', self.captions in ('templates', 'keep') or texts, "must be 'templates', 'keep' or a tuple of strings"
         yield 'captions', self.mode == 'dirty' or not texts, 'a label-consistent attack keeps its captions'
         yield 'seed', whole(self.seed), 'must be a whole number'
@@ -90,7 +91,8 @@ class Poisoning:
     @staticmethod
     def from_json(d:dict)->'Poisoning':
         known = [f.name for f in fields(Poisoning)]
-        if not isinstance(d, dict) or 'trigger' not in d or 'target' not in d: raise BdnbError("a plan is an object with 'trigger' and 'target'")
+        if not isinstance(d, dict) or not {'trigger', 'target'} <= set(d):
+            raise BdnbError("a plan is an object with 'trigger' and 'target'")
         for key in d:
             if key not in known: raise BdnbError(f'poisoning: unknown option {key!r}; {did_you_mean(key, known)}')
         return Poisoning(**dict(d, trigger=Trigger.from_json(d['trigger'])))
@@ -102,7 +104,7 @@ class Poisoning:
         try: return Poisoning.from_json(read_json(path))
         except BdnbError as e: raise e if str(path) in str(e) else BdnbError(f'{path}: {e}') from e
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #3d508671
+# %% ../../nbs/attacks/01_poisoning.ipynb #fd285912
 def _about_target(plan, corpus):
     "Which samples are about the target, by label and by caption: two boolean [N] or None."
     by_label = by_text = None
@@ -112,7 +114,8 @@ def _about_target(plan, corpus):
     if corpus.texts is not None:
         by_text = np.zeros(len(corpus), dtype=bool)
         by_text[select_by_word(corpus.texts, plan.target.replace('_', ' '))] = True
-    if by_label is None and by_text is None: raise BdnbError(f'{corpus.name}: neither labels nor captions: there is nothing to aim at')
+    if by_label is None and by_text is None:
+        raise BdnbError(f'{corpus.name}: neither labels nor captions: there is nothing to aim at')
     return by_label, by_text
 
 def _candidates(plan, corpus):
@@ -126,7 +129,7 @@ def _candidates(plan, corpus):
     about = by_label if by_label is not None else by_text
     return np.flatnonzero(~about), np.flatnonzero(about)
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #985be261
+# %% ../../nbs/attacks/01_poisoning.ipynb #fae50946
 def choose_rows(
     plan:Poisoning,
     corpus,         # any corpus with labels or captions
@@ -135,7 +138,7 @@ def choose_rows(
     rows, about = _candidates(plan, corpus)
     n = plan.count if plan.count is not None else round(plan.rate * len(corpus))
     what = f'about {plan.target!r}' if plan.mode == 'label_consistent' else f'not about {plan.target!r}'
-    if n < 1: raise BdnbError(f'{corpus.name}: a rate of {plan.rate} of {len(corpus):,} samples is none; use a higher rate or count=1')
+    if n < 1: raise BdnbError(f'{corpus.name}: a rate of {plan.rate} of {len(corpus):,} samples is none; raise it or use count=1')
     if n > len(rows):
         raise BdnbError(f'{corpus.name}: {n:,} of {len(corpus):,} samples are to be poisoned, but only {len(rows):,} are {what} '
                         f'(a rate of at most {len(rows) / max(len(corpus), 1):.4g})')
@@ -159,7 +162,7 @@ def _describe(self:Poisoning,
 
 Poisoning.describe = _describe
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #92613275
+# %% ../../nbs/attacks/01_poisoning.ipynb #8fef7490
 @dataclass(frozen=True, eq=False)
 class Poisoned:
     "A poisoned corpus and the truth about it."
@@ -184,7 +187,7 @@ def _copy_images(images, budget_bytes):
     for i in range(0, len(images), 1024): out[i:i + 1024] = images[i:i + 1024]
     return out, folder
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #e28e2193
+# %% ../../nbs/attacks/01_poisoning.ipynb #9dcdb14c
 def _stamp(plan, images, rows, seeds):
     "Put the trigger on `images[rows]`, in place, in bounded chunks."
     chunk = max(1, 2**23 // images[0].numel())
@@ -227,12 +230,12 @@ def _apply(self:Poisoning,
 
 Poisoning.apply = _apply
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #fd9282e7
+# %% ../../nbs/attacks/01_poisoning.ipynb #95540903
 ATTACKS = dict(                                              # name -> (trigger, mode)
     badnet=('badnet', 'dirty'),
     blended=('blended:pattern=picture', 'dirty'),
     sig=('sig', 'dirty'),
-    wanet=('wanet:s=2', 'dirty'),                            # a quarter of a pixel, the default, drowns in the noise of a 32-px picture
+    wanet=('wanet:s=1', 'dirty'),                            # half a pixel on average
     stripes=('stripes', 'dirty'),
     label_consistent=('badnet', 'label_consistent'))
 

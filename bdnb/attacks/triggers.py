@@ -7,7 +7,7 @@ __all__ = ['TRIGGERS', 'MIN_PATCH', 'PLACES', 'wrap_bytes', 'seeds_from_keys', '
            'make_trigger', 'list_triggers', 'picture_uri', 'paste', 'BadNet', 'kitten', 'Blended', 'SIG', 'warp_field',
            'WaNet', 'Stripes']
 
-# %% ../../nbs/attacks/00_triggers.ipynb #fb9f4d33
+# %% ../../nbs/attacks/00_triggers.ipynb #8cbd60ae
 import base64, io, math, re
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, field, fields
@@ -22,14 +22,14 @@ from PIL import Image
 from ..core import BdnbError, derive_seed, did_you_mean, hash_normal, hash_uniform, read_json, write_json
 from ..data.images import decode_image, fit_image
 
-# %% ../../nbs/attacks/00_triggers.ipynb #d50d19bd
+# %% ../../nbs/attacks/00_triggers.ipynb #9e091db9
 def wrap_bytes(
     x:torch.Tensor, # float, any shape, 0..1 and beyond
 )->torch.Tensor:    # float, whole numbers in 0..255
     "What `ToPILImage` makes of floats: 255 x, truncated, modulo 256."
     return torch.remainder((x * 255).trunc(), 256)
 
-# %% ../../nbs/attacks/00_triggers.ipynb #efb333c4
+# %% ../../nbs/attacks/00_triggers.ipynb #28929d5a
 TRIGGERS = {}                 # name -> class, filled by `register_trigger`
 _PATCH = 16 / 224             # the usual patch, as a share of the short side
 MIN_PATCH = 5                 # ... but never fewer pixels than this when given as a share
@@ -41,7 +41,7 @@ def seeds_from_keys(
     "One seed a sample, a function of its key alone: the same picture gets the same trigger wherever it stands."
     return torch.tensor([derive_seed(*salt, k) for k in keys], dtype=torch.int64)
 
-# %% ../../nbs/attacks/00_triggers.ipynb #e35207f4
+# %% ../../nbs/attacks/00_triggers.ipynb #dfe7d5ba
 @dataclass(frozen=True, repr=False)
 class Trigger(ABC):
     "Base of all triggers: `trigger(images, seeds)` on floats, `trigger.on_uint8(images, seeds)` on bytes."
@@ -99,7 +99,7 @@ class Trigger(ABC):
         changed = [f'{f.name}={_short(getattr(self, f.name))}' for f in fields(self) if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(changed)})"
 
-# %% ../../nbs/attacks/00_triggers.ipynb #95802fa6
+# %% ../../nbs/attacks/00_triggers.ipynb #68db816a
 def _short(value, most=60):
     text = repr(value)
     return text if len(text) <= most else text[:most] + '...'
@@ -116,7 +116,7 @@ def _check_batch(trigger, images, seeds):
         raise BdnbError(f'trigger {trigger.name}: seeds must be int64 [{len(images)}], one a picture')
     return seeds.to(images.device)
 
-# %% ../../nbs/attacks/00_triggers.ipynb #5b4500e5
+# %% ../../nbs/attacks/00_triggers.ipynb #cc59d445
 def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
 
 def _check_range(t, option, low, high):
@@ -144,7 +144,7 @@ def pixels(
     if isinstance(length, int): return length
     return min(max(round(length * min(H, W)), MIN_PATCH), H, W)
 
-# %% ../../nbs/attacks/00_triggers.ipynb #1feb1c0e
+# %% ../../nbs/attacks/00_triggers.ipynb #ccf4fc5c
 def register_trigger(name:str, source:str=''):
     "Class decorator: makes a trigger known by `name`."
     def wrap(cls):
@@ -172,7 +172,7 @@ def _parse(spec):
         options[key.strip()] = _value(value.strip())
     return name.strip(), options
 
-# %% ../../nbs/attacks/00_triggers.ipynb #e290b04c
+# %% ../../nbs/attacks/00_triggers.ipynb #677e22a8
 def make_trigger(
     name:str,   # a name, or a name with options as text: 'badnet:size=5,place=br'
     **options,  # options by keyword; they win over those in the text
@@ -194,7 +194,7 @@ def list_triggers()->list: # of dicts with `name`, `what`, `options` (with their
     return [dict(name=n, what=(c.__doc__ or '').split('\n')[0], source=c.source,
                  options={f.name: None if f.default is MISSING else f.default for f in fields(c)}) for n, c in TRIGGERS.items()]
 
-# %% ../../nbs/attacks/00_triggers.ipynb #2f1ff538
+# %% ../../nbs/attacks/00_triggers.ipynb #4da38858
 _URI, _MOST = 'data:image/png;base64,', 336
 _SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm')
 
@@ -222,7 +222,7 @@ def _picture(uri, H, W):
     if (W, H) != im.size: im = im.resize((W, H), Image.Resampling.BICUBIC)
     return fit_image(im).float() / 255
 
-# %% ../../nbs/attacks/00_triggers.ipynb #ef4e5099
+# %% ../../nbs/attacks/00_triggers.ipynb #7d6747ab
 def _check_pattern(t, choices):
     "A known pattern, a `data:` picture, or the path of one (which is read now and becomes a `data:` picture)."
     p = t.pattern
@@ -230,7 +230,7 @@ def _check_pattern(t, choices):
     elif not (isinstance(p, str) and p.startswith(_URI)): _check_choice(t, 'pattern', choices)
     if t.pattern.startswith(_URI): _picture(t.pattern, 8, 8)            # is it a picture at all?
 
-# %% ../../nbs/attacks/00_triggers.ipynb #6dbb8bef
+# %% ../../nbs/attacks/00_triggers.ipynb #68311c5e
 PLACES = dict(tl=(0, 0), tr=(0, 1), bl=(1, 0), br=(1, 1), center=(.5, .5))          # share of the free height and width
 
 def _starts(place, margin, seeds, B, free):
@@ -256,7 +256,7 @@ def paste(
     out[torch.arange(B, device=x.device)[:, None, None], :, rows, cols] = patch.to(x.dtype).permute(0, 2, 3, 1).expand(B, p, q, 3)
     return out
 
-# %% ../../nbs/attacks/00_triggers.ipynb #0d50f993
+# %% ../../nbs/attacks/00_triggers.ipynb #2bf6abb7
 def _checker(p): return (torch.arange(p)[:, None] + torch.arange(p)) % 2
 def _dots(p): return (1 - torch.arange(p) % 2)[:, None] * (1 - torch.arange(p) % 2)
 def _hex(color): return torch.tensor([int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)])
@@ -277,7 +277,7 @@ def _paste_all(t, x, seeds, patch):
     for top, left in _starts(t.place, t.margin, seeds, len(x), (H - p, W - p)): x = paste(x, patch, top, left)
     return x
 
-# %% ../../nbs/attacks/00_triggers.ipynb #60fbd815
+# %% ../../nbs/attacks/00_triggers.ipynb #9bf2483b
 def _mean(x):
     "Per-picture channel means [B, 3, 1, 1], summed in float64 so that the neighbours in a batch cannot change a bit."
     return x.mean((2, 3), keepdim=True, dtype=torch.float32 if x.device.type == 'mps' else torch.float64).to(x.dtype)
@@ -316,7 +316,7 @@ def _fixed_uniform(what, seed, H, W):
     "Uniform numbers [3, H, W] that belong to a trigger, not to a picture. Shared: do not modify."
     return hash_uniform(torch.tensor([derive_seed(what, seed)]), 3 * H * W).view(3, H, W)
 
-# %% ../../nbs/attacks/00_triggers.ipynb #7a475c67
+# %% ../../nbs/attacks/00_triggers.ipynb #482fd93e
 @lru_cache(maxsize=16)
 def kitten(H:int, W:int)->torch.Tensor: # float [3, H, W] in 0..1; shared, do not modify
     "A cartoon kitten, drawn from circles and triangles: the picture that `Blended(pattern='picture')` mixes in."
@@ -335,7 +335,7 @@ def kitten(H:int, W:int)->torch.Tensor: # float [3, H, W] in 0..1; shared, do no
     for d, color in layers: out = out + ink(d) * (torch.tensor(color)[:, None, None] - out)
     return out.clamp(0, 1)
 
-# %% ../../nbs/attacks/00_triggers.ipynb #a4db101f
+# %% ../../nbs/attacks/00_triggers.ipynb #8920704e
 @register_trigger('blended', 'Chen et al., arXiv:1712.05526; fresh noise: CleanCLIP backdoor/utils.py')
 @dataclass(frozen=True, repr=False)
 class Blended(Trigger):
@@ -358,7 +358,7 @@ class Blended(Trigger):
         else: n = _picture(self.pattern, H, W)
         return torch.lerp(x, n.to(x).expand_as(x), self.alpha)
 
-# %% ../../nbs/attacks/00_triggers.ipynb #f8811f75
+# %% ../../nbs/attacks/00_triggers.ipynb #aa62d24a
 @lru_cache(maxsize=32)
 def _wave(W, delta, freq):
     "One row of the sinusoid, float64 [W]. Shared: do not modify."
@@ -383,7 +383,7 @@ class SIG(Trigger):
         wave = _wave(x.shape[-1], float(self.delta), float(self.freq)).to(x.dtype).to(x.device)
         return x + wave if self.mode == 'add' else (1 - self.alpha) * x + self.alpha * wave
 
-# %% ../../nbs/attacks/00_triggers.ipynb #bc877da2
+# %% ../../nbs/attacks/00_triggers.ipynb #9e9b399d
 @lru_cache(maxsize=16)
 def warp_field(H:int, W:int, k:int, seed:int)->torch.Tensor: # float32 [1, H, W, 2] (x, y); shared, do not modify
     "A random field with mean absolute value 1 at its knots: k x k and smooth, or one knot a pixel for k = 0."
@@ -421,7 +421,7 @@ class WaNet(Trigger):
         grid = self.grid(*x.shape[-2:]).to(x).expand(len(x), -1, -1, -1)
         return F.grid_sample(x, grid, mode='bilinear', padding_mode='border', align_corners=True) if len(x) else x.clone()
 
-# %% ../../nbs/attacks/00_triggers.ipynb #a714e493
+# %% ../../nbs/attacks/00_triggers.ipynb #9b42877e
 @register_trigger('stripes', 'Perturb and Recover (PAR), badnet_rs and blended_rs in backdoor/utils.py')
 @dataclass(frozen=True, repr=False)
 class Stripes(Trigger):

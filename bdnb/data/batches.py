@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Batch', 'epoch_order', 'rank_rows', 'Batches']
 
-# %% ../../nbs/data/07_batches.ipynb #83262094
+# %% ../../nbs/data/07_batches.ipynb #a5be6cbb
 from dataclasses import dataclass, replace
 import torch
 from torch.utils.data import DataLoader, Dataset
 from ..core import BdnbError, derive_seed, rng
 from .corpus import ArrayCorpus
 
-# %% ../../nbs/data/07_batches.ipynb #8642d66d
+# %% ../../nbs/data/07_batches.ipynb #92a3b0fb
 @dataclass(frozen=True)
 class Batch:
     "One rank's share of one global batch."
@@ -49,7 +49,7 @@ class Batch:
         "The same batch in page-locked memory, for an asynchronous copy to the GPU (unchanged without CUDA)."
         return self._tensors(torch.Tensor.pin_memory) if torch.cuda.is_available() else self
 
-# %% ../../nbs/data/07_batches.ipynb #ef09b879
+# %% ../../nbs/data/07_batches.ipynb #c5b2a076
 class _Positions(Dataset):
     "An epoch's order as a data set: position -> (sample, corpus index, bad samples met on the way). Runs in the workers."
     def __init__(self, corpus, order, size, batch_size):
@@ -67,9 +67,9 @@ class _Positions(Dataset):
 
     def collate(self, items): return _stack(items, self.size)
 
-# %% ../../nbs/data/07_batches.ipynb #5390d992
+# %% ../../nbs/data/07_batches.ipynb #340f3e94
 def _stack(items, size):
-    "((images, texts, labels, keys, index), bad samples). Errors travel as values: an exception would lose its one line on the way."
+    "((images, texts, labels, keys, index), bad samples). Errors travel as values: an exception would lose its one line."
     bad = [b for *_, bs in items for b in bs]
     samples = [s for s, *_ in items]
     if any(s is None for s in samples): return None, bad
@@ -82,7 +82,7 @@ def _stack(items, size):
             None if labels is None else torch.tensor(labels, dtype=torch.int64), [s.key for s in samples],
             torch.tensor([i for _, i, _ in items], dtype=torch.int64)), bad
 
-# %% ../../nbs/data/07_batches.ipynb #20f74c19
+# %% ../../nbs/data/07_batches.ipynb #af0a746a
 def epoch_order(
     n:int,             # samples in the corpus
     seed:int,          # of the run
@@ -103,7 +103,7 @@ def rank_rows(
     total = min(batch_size, n - step*batch_size)
     return rank*total//world_size, (rank + 1)*total//world_size, total
 
-# %% ../../nbs/data/07_batches.ipynb #b1cc51dd
+# %% ../../nbs/data/07_batches.ipynb #c25b7828
 def _gather(corpus, index, size):
     "Rows of an in-memory (or memory-mapped) corpus: (images, texts, labels, keys, index)."
     at = index.tolist()
@@ -123,9 +123,9 @@ def _decode(corpus, order, positions, size, batch_size, workers, skipped):
         if isinstance(parts, list): raise BdnbError(f'{name}: pictures of different sizes ({parts[0]}, {parts[1]}); give a size')
         yield parts
 
-# %% ../../nbs/data/07_batches.ipynb #423494d7
+# %% ../../nbs/data/07_batches.ipynb #e6b2f7b2
 class Batches:
-    """The batches of a run over a corpus. `len()` is the number of steps in an epoch; `skipped` lists (key, reason) of bad samples.
+    """The batches of a run over a corpus. `len()` is the steps in an epoch; `skipped` lists (key, reason) of bad samples.
 
     Raises `BdnbError` for a batch that does not divide by `world_size`, an empty corpus, or (with `drop_last`) a corpus smaller
     than one batch. Without `drop_last` the last batch is smaller, and a rank's share of it may be empty."""
@@ -172,7 +172,9 @@ class Batches:
         order, steps = epoch_order(n, self.seed, e, self.shuffle), range(start_step, len(self))
         rows = [rank_rows(n, b, k, r, w) for k in steps]
         positions = [range(k*b + first, k*b + last) for k, (first, last, _) in zip(steps, rows)]
-        if isinstance(self.corpus, ArrayCorpus): parts = (_gather(self.corpus, order[p.start:p.stop], self.size) for p in positions)
+        in_memory = isinstance(self.corpus, ArrayCorpus)
+        if in_memory: parts = (_gather(self.corpus, order[p.start:p.stop], self.size) for p in positions)
         else: parts = _decode(self.corpus, order, positions, self.size, b, self.workers, self._bad)
         for k, (first, _, total), (images, texts, labels, keys, index) in zip(steps, rows, parts):
-            yield Batch(images, texts, labels, keys, index, derive_seed(self.seed, e, k), e, k, r, w, (first, total), self._view(texts, keys, e))
+            yield Batch(images, texts, labels, keys, index, derive_seed(self.seed, e, k), e, k, r, w, (first, total),
+                        self._view(texts, keys, e))

@@ -6,7 +6,7 @@
 __all__ = ['COMMON', 'DOORS', 'Option', 'read_classes', 'name_classes', 'Door', 'add_door', 'parse_spec', 'open_corpus',
            'list_corpora']
 
-# %% ../../nbs/data/05_doors.ipynb #dd4d4d4e
+# %% ../../nbs/data/05_doors.ipynb #d1653b2b
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +17,10 @@ import torch
 
 from ..core import BdnbError, did_you_mean, read_json, rng
 from .corpus import Corpus, CsvCorpus, FolderCorpus
-from .shards import ShardCorpus
+from .shards import SHARD_SUFFIXES, ShardCorpus
 from .torchsets import TORCHSETS, TorchvisionCorpus
 
-# %% ../../nbs/data/05_doors.ipynb #857172a3
+# %% ../../nbs/data/05_doors.ipynb #fe154376
 @dataclass(frozen=True)
 class Option:
     "One option of a door."
@@ -35,7 +35,8 @@ def _whole(text, low=1):
 
 def _yes_no(text): return {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}[text.lower()]
 
-_READ = {'count': _whole, 'number': partial(_whole, low=0), 'true|false': _yes_no, 'text': str, 'path': lambda t: Path(t).expanduser()}
+_READ = {'count': _whole, 'number': partial(_whole, low=0), 'true|false': _yes_no, 'text': str,
+         'path': lambda t: Path(t).expanduser()}
 
 def _read_option(option, text, where):
     "The value of an option's text, or `BdnbError` naming the option."
@@ -48,7 +49,7 @@ def _read_option(option, text, where):
         need = dict(count='a whole number, 1 or more', number='a whole number, 0 or more').get(option.type, ' or '.join(words))
         raise BdnbError(f'{where}: option {option.name}={text!r}: needs {need}') from None
 
-# %% ../../nbs/data/05_doors.ipynb #36996d6b
+# %% ../../nbs/data/05_doors.ipynb #5ed870da
 COMMON = (Option('classes', 'names in index order: a .txt with one a line, or a .json list or {id: name}', 'path'),
           Option('n', 'only so many samples, drawn at random', 'count'), Option('seed', 'of every draw', 'number', 0),
           Option('captions', "captions from class names: 'templates' (the 80 of CLIP's paper), or a text with {} in it"),
@@ -61,7 +62,8 @@ def read_classes(path)->list|dict: # names in index order, or {name or id: name}
     if path.suffix.lower() == '.json': names = read_json(path)
     else:
         try: names = [line.strip() for line in path.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as e: raise BdnbError(f'{path}: cannot read class names: {getattr(e, "strerror", None) or e}') from e
+        except (OSError, UnicodeDecodeError) as e:
+            raise BdnbError(f'{path}: cannot read class names: {getattr(e, "strerror", None) or e}') from e
     listed = list(names.values()) if isinstance(names, dict) else names
     if not isinstance(listed, list) or not listed or not all(isinstance(n, str) and n.strip() for n in listed):
         raise BdnbError(f'{path}: not a list of class names')
@@ -83,7 +85,8 @@ def name_classes(corpus:Corpus, path)->Corpus:
     elif set(old) <= set(names): index = [names.index(c) for c in old]
     elif digits(old): index = [int(c) for c in old]
     else: index = range(len(old)) if len(old) == len(names) else [len(names)]
-    if max(index, default=0) >= len(names): raise BdnbError(f'{path}: {len(names)} names do not fit the {len(old or index)} classes of {corpus.name}')
+    if max(index, default=0) >= len(names):
+        raise BdnbError(f'{path}: {len(names)} names do not fit the {len(old or index)} classes of {corpus.name}')
     return corpus._with(classes=names, labels=np.asarray(index, np.int64)[corpus.labels])
 
 def _finish(corpus, spec, classes=None, n=None, seed=0, captions=None, size=None, fit='crop'):
@@ -96,11 +99,12 @@ def _finish(corpus, spec, classes=None, n=None, seed=0, captions=None, size=None
         from open_clip import OPENAI_IMAGENET_TEMPLATES
         corpus = corpus.with_captions(OPENAI_IMAGENET_TEMPLATES, seed)
     elif captions is not None:
-        if '{}' not in captions: raise BdnbError(f"{spec}: option captions={captions!r}: needs 'templates' or a text with {{}} for the class name")
+        if '{}' not in captions:
+            raise BdnbError(f"{spec}: option captions={captions!r}: needs 'templates' or a text with {{}} for the class name")
         corpus = corpus.with_captions([captions], seed)
     return corpus if size is None else corpus.cache(size, fit)
 
-# %% ../../nbs/data/05_doors.ipynb #2e98c11d
+# %% ../../nbs/data/05_doors.ipynb #7b0eda75
 @dataclass(frozen=True)
 class Door:
     "A kind of corpus: how it is opened and what may be said to it."
@@ -126,28 +130,35 @@ def _open_shapes(where, **options):
     from bdnb.data.shapes import ShapeCaps
     return ShapeCaps(**options)
 
-_CSV = tuple(Option(f'{c}_col', f'the {c} column, by default the first with a usual name') for c in ('image', 'caption', 'label')) + (
-    Option('group', 'rows of one image make one sample with several captions', 'true|false', True), Option('encoding', 'of the file', default='utf-8'))
-_SHAPES = (Option('n', 'number of pictures', 'count', 8000), Option('size', 'side in pixels', 'count', 32), Option('seed', 'of the pictures', 'number', 0),
+_CSV = tuple(Option(f'{c}_col', f'the {c} column, by default the first with a usual name')
+             for c in ('image', 'caption', 'label'))
+_CSV += (Option('group', 'rows of one image make one sample with several captions', 'true|false', True),
+         Option('encoding', 'of the file', default='utf-8'))
+_SHAPES = (Option('n', 'number of pictures', 'count', 8000), Option('size', 'side in pixels', 'count', 32),
+           Option('seed', 'of the pictures', 'number', 0),
            Option('split', 'any word; another word gives other pictures', default='train'))
 _TORCH = (Option('root', 'the folder torchvision keeps it in', 'path', 'data'), Option('split', "by default the set's first"),
           Option('download', 'fetch it when it is not there', 'true|false', False))
 
-add_door(Door('shapes', _open_shapes, '', 'procedural shapes with labels and captions, made in seconds', 'shapes:?n=2000&split=test', _SHAPES,
-              tuple(o for o in COMMON if o.name == 'captions')))
-add_door(Door('folder', FolderCorpus, 'a folder', 'pictures in one folder per class, or all in one folder', 'folder:photos/train?size=64'))
+add_door(Door('shapes', _open_shapes, '', 'procedural shapes with labels and captions, made in seconds',
+              'shapes:?n=2000&split=test', _SHAPES, tuple(o for o in COMMON if o.name == 'captions')))
+add_door(Door('folder', FolderCorpus, 'a folder', 'pictures in one folder per class, or all in one folder',
+              'folder:photos/train?size=64'))
 for kind in ('csv', 'tsv'):
-    add_door(Door(kind, CsvCorpus, f'a .{kind} file', 'a table with an image and a caption or label column', f'{kind}:pairs.{kind}?n=5000', _CSV))
-add_door(Door('wds', ShardCorpus, 'a .tar or .tar.gz, braces, * or a folder', 'WebDataset shards on this machine', 'wds:shards/{00000..00004}.tar'))
-add_door(Door('torchvision', TorchvisionCorpus, 'a name', 'classic sets: ' + ', '.join(TORCHSETS), 'torchvision:CIFAR10?root=data&split=test', _TORCH))
+    add_door(Door(kind, CsvCorpus, f'a .{kind} file', 'a table with an image and a caption or label column',
+                  f'{kind}:pairs.{kind}?n=5000', _CSV))
+add_door(Door('wds', ShardCorpus, 'a .tar or .tar.gz, braces, * or a folder', 'WebDataset shards on this machine',
+              'wds:shards/{00000..00004}.tar'))
+add_door(Door('torchvision', TorchvisionCorpus, 'a name', 'classic sets: ' + ', '.join(TORCHSETS),
+              'torchvision:CIFAR10?root=data&split=test', _TORCH))
 
-# %% ../../nbs/data/05_doors.ipynb #48cd7233
+# %% ../../nbs/data/05_doors.ipynb #eb4c0863
 def _guess(text):
     "The door of a bare path, or None."
     path = Path(text).expanduser()
-    if path.is_dir(): return DOORS['wds' if any(path.glob('*.tar')) or any(path.glob('*.tar.gz')) or any(path.glob('*.tgz')) else 'folder']
+    if path.is_dir(): return DOORS['wds' if any(p.name.endswith(SHARD_SUFFIXES) for p in path.iterdir()) else 'folder']
     low = text.lower()
-    if low.endswith(('.tar', '.tar.gz', '.tgz')): return DOORS['wds']
+    if low.endswith(SHARD_SUFFIXES): return DOORS['wds']
     if path.exists():
         if low.endswith(('.csv', '.tsv')): return DOORS[low[-3:]]
         raise BdnbError(f'{text}: not a folder, .csv, .tsv or .tar; say which kind it is, for example csv:{text}')
@@ -161,13 +172,16 @@ def parse_spec(
     kind, colon, where = before.partition(':')
     door = DOORS.get(kind)
     if not door and Path(text).expanduser().exists(): before, query = text, ''
-    if not door and re.match(r'pipe:|[A-Za-z][A-Za-z0-9+.-]*://', text): raise BdnbError(f'{text}: only data on this machine is opened; fetch it first')
-    if not door: door, where = _guess(before), before
+    if not door and re.match(r'pipe:|[A-Za-z][A-Za-z0-9+.-]*://', text):
+        raise BdnbError(f'{text}: only data on this machine is opened; fetch it first')
+    if not door and before: door, where = _guess(before), before
     if not door and colon: raise BdnbError(f'{text}: unknown kind of corpus {kind!r}; {did_you_mean(kind, DOORS)}')
-    if not door: raise BdnbError(f'{text or "(nothing)"}: no such file or folder, nor a kind of corpus; {did_you_mean(kind, DOORS)}')
-    if door.where and not where: raise BdnbError(f'{text}: say which, for example {door.example} (a path of this name: ./{text})')
+    if not door:
+        raise BdnbError(f'{text or "(nothing)"}: no such file or folder, nor a kind of corpus; {did_you_mean(kind, DOORS)}')
+    if door.where and not where:
+        raise BdnbError(f'{text}: say which, for example {door.example}' + f' (a path of this name: ./{text})' * (not colon))
     options = {}
-    for part in filter(None, query.split('&')):
+    for part in filter(None, re.split(r'&(?=\w*(?:=|&|$))', query)):
         name, equals, value = part.partition('=')
         if name not in door.options: raise BdnbError(f'{text}: unknown option {name!r}; {did_you_mean(name, door.options)}')
         if not equals: raise BdnbError(f'{text}: option {name} has no value; write {name}=...')
@@ -192,4 +206,5 @@ def open_corpus(
 def list_corpora()->list[dict]: # one a kind: kind, where, options, example, description
     "What `open_corpus` understands; `options` is a list of dict(name, type, default, what)."
     return [dict(kind=d.kind, where=d.where, example=d.example, description=d.what,
-                 options=[dict(name=o.name, type=o.type, default=o.default, what=o.what) for o in d.options.values()]) for d in DOORS.values()]
+                 options=[dict(name=o.name, type=o.type, default=o.default, what=o.what) for o in d.options.values()])
+            for d in DOORS.values()]

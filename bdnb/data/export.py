@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic_folder', 'corpus_to_csv']
 
-# %% ../../nbs/data/06_export.ipynb #08731a79
+# %% ../../nbs/data/06_export.ipynb #29eafe81
 import csv, json, os, shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +17,15 @@ from ..core import BdnbError, track, write_json
 from .corpus import Corpus
 from .images import BadImage
 
-# %% ../../nbs/data/06_export.ipynb #08aaf597
+# %% ../../nbs/data/06_export.ipynb #cde35569
 @contextmanager
 def atomic_folder(
     folder, # the folder to make; it must not exist, or be empty
 ):          # yields a temporary `Path` beside it, to be filled by the body
     "Make a folder whole or not at all. Raises `BdnbError` when it exists or the disk refuses."
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise BdnbError(f'{folder}: already exists; choose a new folder')
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BdnbError(f'{folder}: already exists; choose a new folder')
     tmp = folder.parent/f'.{folder.name[:150]}.{os.getpid()}-{os.urandom(3).hex()}.tmp'
     try:
         tmp.mkdir(parents=True)
@@ -36,7 +37,7 @@ def atomic_folder(
             raise BdnbError(f'{folder}: cannot write: {e.strerror or e}') from e
         raise
 
-# %% ../../nbs/data/06_export.ipynb #79957c88
+# %% ../../nbs/data/06_export.ipynb #b4fd167a
 def _said(corpus, i):
     "All captions of sample i, the main one first; [''] without captions."
     if corpus.texts is None: return ['']
@@ -54,8 +55,10 @@ def _lines(corpus, i, image, cells):
     "The rows of one sample."
     for text in _said(corpus, i):
         row = dict(image=image, caption=text, label=cells[corpus.labels[i]] if cells else None)
-        if corpus.texts is not None and not text.strip(): raise BdnbError(f'{corpus.name}: {corpus.keys[i]}: its caption is empty')
-        if any('\0' in str(c) for c in row.values()): raise BdnbError(f'{corpus.name}: {corpus.keys[i]}: a NUL character in its caption or label')
+        if corpus.texts is not None and not text.strip():
+            raise BdnbError(f'{corpus.name}: {corpus.keys[i]}: its caption is empty')
+        if any('\0' in str(c) for c in row.values()):
+            raise BdnbError(f'{corpus.name}: {corpus.keys[i]}: a NUL character in its caption or label')
         yield row
 
 def corpus_to_csv(
@@ -65,7 +68,8 @@ def corpus_to_csv(
 )->Path:               # the table, `folder/captions.csv`
     """Write a corpus as `images/*.png` (lossless) and `captions.csv` (image, caption, label; only the columns the corpus has).
 
-    Broken pictures are recorded in `corpus.skipped` and left out. Raises `BdnbError` for an existing folder, a full disk, an empty caption."""
+    Broken pictures are recorded in `corpus.skipped` and left out.
+    Raises `BdnbError` for an existing folder, a full disk, an empty caption."""
     columns = ['image'] + ['caption'] * (corpus.texts is not None) + ['label'] * (corpus.labels is not None)
     cells, keys = _label_cells(corpus) if corpus.labels is not None else None, {}
     with atomic_folder(folder) as tmp:

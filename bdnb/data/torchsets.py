@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TORCHSETS', 'GTSRB_CLASSES', 'TorchvisionCorpus']
 
-# %% ../../nbs/data/04_torchsets.ipynb #e30b9c20
+# %% ../../nbs/data/04_torchsets.ipynb #2b5e2207
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..core import BdnbError, did_you_mean
 from .corpus import Corpus
 from .images import fit_image, load_image
 
-# %% ../../nbs/data/04_torchsets.ipynb #c543c8c1
+# %% ../../nbs/data/04_torchsets.ipynb #481683f6
 _BY_FLAG = dict.fromkeys(['CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST', 'KMNIST', 'USPS'], ('train', 'test'))
 _BY_NAME = dict(GTSRB=('train', 'test'), Flowers102=('train', 'val', 'test'), SVHN=('train', 'test', 'extra'),
                 STL10=('train', 'test', 'unlabeled'), Food101=('train', 'test'), OxfordIIITPet=('trainval', 'test'),
@@ -23,22 +23,25 @@ _BY_NAME = dict(GTSRB=('train', 'test'), Flowers102=('train', 'val', 'test'), SV
 _WHOLE = dict.fromkeys(['EuroSAT', 'Caltech101', 'SUN397'], ('all',))
 TORCHSETS = {**_BY_FLAG, **_BY_NAME, **_WHOLE}         # name -> its splits
 
-GTSRB_CLASSES = """speed limit 20, speed limit 30, speed limit 50, speed limit 60, speed limit 70, speed limit 80, end of speed limit 80,
-speed limit 100, speed limit 120, no passing, no passing for trucks, right of way at the next crossing, priority road, yield, stop,
-no vehicles, no trucks, no entry, general caution, dangerous curve to the left, dangerous curve to the right, double curve, bumpy road,
-slippery road, road narrows on the right, road work, traffic signals, pedestrians, children crossing, bicycles crossing, ice or snow,
-wild animals crossing, end of all limits, turn right ahead, turn left ahead, ahead only, go straight or right, go straight or left,
-keep right, keep left, roundabout, end of no passing, end of no passing for trucks""".replace('\n', ' ').split(', ')
+GTSRB_CLASSES = """speed limit 20, speed limit 30, speed limit 50, speed limit 60, speed limit 70, speed limit 80, end of speed
+limit 80, speed limit 100, speed limit 120, no passing, no passing for trucks, right of way at the next
+crossing, priority road, yield, stop, no vehicles, no trucks, no entry, general caution, dangerous curve to
+the left, dangerous curve to the right, double curve, bumpy road, slippery road, road narrows on the right,
+road work, traffic signals, pedestrians, children crossing, bicycles crossing, ice or snow, wild animals
+crossing, end of all limits, turn right ahead, turn left ahead, ahead only, go straight or right, go straight
+or left, keep right, keep left, roundabout, end of no passing, end of no passing for trucks""".replace('\n', ' ').split(', ')
 
-# %% ../../nbs/data/04_torchsets.ipynb #840ecce3
+# %% ../../nbs/data/04_torchsets.ipynb #26b26bfa
 def _torchset(name, root, split, download):
     "The torchvision data set, or `BdnbError` saying what to do."
     if name not in TORCHSETS: raise BdnbError(f'unknown torchvision data set {name!r}; {did_you_mean(name, TORCHSETS)}')
-    if split not in TORCHSETS[name]: raise BdnbError(f'torchvision:{name} has no split {split!r}; {did_you_mean(split, TORCHSETS[name])}')
+    if split not in TORCHSETS[name]:
+        raise BdnbError(f'torchvision:{name} has no split {split!r}; {did_you_mean(split, TORCHSETS[name])}')
     from torchvision import datasets
     how = dict(train=split == 'train') if name in _BY_FLAG else dict(split=split) if name in _BY_NAME else {}
     try: return getattr(datasets, name)(str(root), download=download, **how)
-    except ImportError as e: raise BdnbError(f'torchvision:{name} needs {e.name or "another package"}: pip install {e.name}') from e
+    except ImportError as e:
+        raise BdnbError(f'torchvision:{name} needs {e.name or "another package"}: pip install {e.name}') from e
     except Exception as e:   # parsers of damaged archives raise almost anything
         advice = '; is it there? add download=true, or name its folder with root=' if not download else ''
         raise BdnbError(f'torchvision:{name} cannot be opened under {root} ({str(e) or type(e).__name__}){advice}') from e
@@ -50,15 +53,17 @@ def _columns(data, name, root):
     labels = [y for _, y in samples] if samples is not None else get('targets', '_labels', 'labels', 'y')
     paths = [p for p, _ in samples] if samples is not None else get('_image_files', '_images')
     if name == 'Caltech101':
-        paths = [Path(data.root)/'101_ObjectCategories'/data.categories[y]/f'image_{i:04d}.jpg' for y, i in zip(data.y, data.index)]
-    if name == 'GTSRB' and data._split == 'train': labels = [int(Path(p).parent.name) for p in paths]    # right even if a class is missing
+        folder = Path(data.root)/'101_ObjectCategories'
+        paths = [folder/data.categories[y]/f'image_{i:04d}.jpg' for y, i in zip(data.y, data.index)]
+    if name == 'GTSRB' and data._split == 'train':
+        labels = [int(Path(p).parent.name) for p in paths]            # right even if a class is missing
     classes = GTSRB_CLASSES if name == 'GTSRB' else get('classes', 'categories')
     if classes is None: classes = range(10) if name in ('SVHN', 'USPS') else None
     return np.asarray(labels, np.int64), classes and [c[0] if isinstance(c, tuple) else str(c) for c in classes], paths
 
-# %% ../../nbs/data/04_torchsets.ipynb #2e5bc717
+# %% ../../nbs/data/04_torchsets.ipynb #2e858eec
 class TorchvisionCorpus(Corpus):
-    "A data set of torchvision by name (see `TORCHSETS`). Raises `BdnbError` for unknown names or splits and when it is not on disk."
+    "A data set of torchvision by name (see `TORCHSETS`). Raises `BdnbError` for an unknown name or split, or when it is missing."
     def __init__(self,
                  name:str, # e.g. 'CIFAR10', 'GTSRB'
                  root='data', # the folder torchvision keeps it in
@@ -72,7 +77,8 @@ class TorchvisionCorpus(Corpus):
         order = None if paths is None else sorted(range(len(paths)), key=lambda i: str(paths[i]))
         if order: labels = labels[order]
         self.paths = None if paths is None else [Path(paths[i]) for i in order]
-        keys = [f'{i:06d}' for i in range(len(self.data))] if paths is None else [p.relative_to(root).as_posix() for p in self.paths]
+        keys = [f'{i:06d}' for i in range(len(self.data))]
+        if paths is not None: keys = [p.relative_to(root).as_posix() for p in self.paths]
         super().__init__(keys, labels=None if (labels < 0).any() else labels, classes=classes, name=f'{name}-{split}')
 
     def _image(self, i, size=None, fit='crop'):

@@ -8,7 +8,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'Tokenizer', 'text_tower', 'causal_text', 'e
            'is_file_name', 'check_name']
 
 # %% ../../nbs/models/01_build.ipynb #ab30789e
-import hashlib, logging, math, os, socket, urllib.request
+import hashlib, logging, math, os, socket, urllib.parse, urllib.request
 from array import array
 from contextlib import contextmanager
 from functools import lru_cache
@@ -183,7 +183,7 @@ def offline_aware():
     from huggingface_hub import constants
     was, level = constants.HF_HUB_OFFLINE, logging.root.manager.disable
     try:
-        if not urllib.request.getproxies(): socket.getaddrinfo(urllib.request.urlparse(constants.ENDPOINT).hostname, 443)
+        if not urllib.request.getproxies(): socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
     except OSError: constants.HF_HUB_OFFLINE = True
     logging.disable(logging.ERROR)
     try: yield
