@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['actions', 'draw_actions', 'apply_actions', 'autoaugment']
 
-# %% ../../nbs/data/08_augment.ipynb #6dae72dc
+# %% ../../nbs/data/08_augment.ipynb #ef09d9fe
 import numpy as np, torch
 from functools import lru_cache
 from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy, InterpolationMode
 from ..core import BdnbError, did_you_mean
 
-# %% ../../nbs/data/08_augment.ipynb #62d8abf5
+# %% ../../nbs/data/08_augment.ipynb #9f8558d9
 def _apply_one(images, action):
     "torchvision's own operation on uint8 [..., 3, H, W]."
     name, magnitude = action
-    return _tv('imagenet')._apply_image_or_video_transform(images, name, magnitude, InterpolationMode.NEAREST, {type(images): None})
+    fill = {type(images): None}
+    return _tv('imagenet')._apply_image_or_video_transform(images, name, magnitude, InterpolationMode.NEAREST, fill)
 
 @lru_cache(maxsize=None)
 def _tv(policy):
@@ -24,7 +25,7 @@ def _tv(policy):
     if policy not in known: raise BdnbError(f'unknown policy {policy!r}; {did_you_mean(policy, known)}')
     return AutoAugment(AutoAugmentPolicy(policy))
 
-# %% ../../nbs/data/08_augment.ipynb #e80a11ca
+# %% ../../nbs/data/08_augment.ipynb #96f26745
 @lru_cache(maxsize=64)
 def actions(
     height:int,               # of the pictures: translations are a share of it
@@ -44,7 +45,7 @@ def actions(
                 table[p, stage, sign] = found.setdefault(action, len(found))
     return list(found), torch.tensor([[q for _, q, _ in sub] for sub in tv._policies]), table
 
-# %% ../../nbs/data/08_augment.ipynb #0b928229
+# %% ../../nbs/data/08_augment.ipynb #a93c6143
 def draw_actions(
     n:int,                       # pictures
     generator:torch.Generator,   # on the CPU
@@ -58,7 +59,7 @@ def draw_actions(
     drawn = table[sub[:, None], torch.arange(2), (sign <= .5).long()]
     return torch.where(happens <= probability[sub], drawn, 0)
 
-# %% ../../nbs/data/08_augment.ipynb #da0e8550
+# %% ../../nbs/data/08_augment.ipynb #6f45ccab
 _POINTWISE = {'Posterize', 'Solarize', 'Invert', 'Brightness'}
 _LARGE = 2**14            # pixels from which a CPU is quicker one picture, and one plane, at a time
 _GEOMETRIC = {'Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY'}
@@ -67,8 +68,8 @@ _GEOMETRIC = {'Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY'}
 def _lookup(height, width, policy, device):
     "uint8 [actions, 1, 256]: the tables of the pointwise actions (rows of the others are not used)."
     values = torch.arange(256, dtype=torch.uint8)
-    rows = [_apply_one(values.expand(3, 1, 256), a)[0] if a[0] in _POINTWISE else values[None] for a in actions(height, width, policy)[0]]
-    return torch.stack(rows).to(device)
+    row = lambda a: _apply_one(values.expand(3, 1, 256), a)[0] if a[0] in _POINTWISE else values[None]
+    return torch.stack([row(a) for a in actions(height, width, policy)[0]]).to(device)
 
 def _translate(x, tables):
     "On a CPU: `bytes.translate`, plane by plane."
@@ -91,7 +92,7 @@ def _through(x, tables):
 def _pointwise(x, ids, policy):
     return _through(x, _lookup(*x.shape[-2:], policy, x.device)[torch.from_numpy(ids).to(x.device)])
 
-# %% ../../nbs/data/08_augment.ipynb #876d8116
+# %% ../../nbs/data/08_augment.ipynb #a758ba1f
 def _count(x):
     "On a CPU: histograms plane by plane."
     return torch.stack([torch.bincount(p, minlength=256) for p in x.flatten(0, 1).flatten(1)]).view(-1, 3, 256)
@@ -110,10 +111,10 @@ def _equalize(x, ids, policy):
     table = ((torch.nn.functional.pad(total[..., :-1], (1, 0)) + step//2)//step.clamp(min=1)).clamp(0, 255)
     return _through(x, torch.where(step > 0, table, torch.arange(256, device=x.device)).to(torch.uint8))
 
-# %% ../../nbs/data/08_augment.ipynb #80bffdb5
+# %% ../../nbs/data/08_augment.ipynb #54127eb4
 @lru_cache(maxsize=16)
 def _sources(height, width, policy, device):
-    "(int64 [G, H*W], row of each action): where pixels come from; 0 is outside, k + 1 the k-th pixel. Made on the CPU for all devices."
+    "(int64 [G, H*W], row of each action): where pixels come from; 0 is outside, k + 1 the k-th. Made on the CPU for all devices."
     acts = actions(height, width, policy)[0]
     geometric = [i for i, a in enumerate(acts) if a[0] in _GEOMETRIC]
     position = torch.arange(1, height*width + 1).view(1, 1, height, width)
@@ -128,7 +129,7 @@ def _geometric(x, ids, policy):
     source = maps[torch.from_numpy(row[ids]).to(x.device)][:, None].expand(-1, 3, -1)
     return torch.nn.functional.pad(x.flatten(2), (1, 0)).gather(2, source).view_as(x)
 
-# %% ../../nbs/data/08_augment.ipynb #74efeeab
+# %% ../../nbs/data/08_augment.ipynb #01fbc175
 def _by_strength(x, ids, policy):
     "torchvision's operation for all pictures with the same action."
     acts = actions(*x.shape[-2:], policy)[0]
@@ -151,7 +152,7 @@ def _stage(x, ids, acts, policy):
         x[at] = kind(x[at], ids[mine], policy)
     return x
 
-# %% ../../nbs/data/08_augment.ipynb #0cb59b8d
+# %% ../../nbs/data/08_augment.ipynb #795fb414
 def apply_actions(
     images:torch.Tensor,      # uint8 [B, 3, H, W], any device; not changed
     drawn:torch.Tensor,       # int64 [B, 2] from `draw_actions`, on the CPU

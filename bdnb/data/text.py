@@ -7,14 +7,14 @@ __all__ = ['DEBIAN_WORDNET', 'BACKENDS', 'EDA_OPERATIONS', 'stop_words', 'packag
            'synonym_backend', 'clean_text', 'replace_synonyms', 'insert_synonyms', 'swap_words', 'delete_words', 'eda',
            'TextView']
 
-# %% ../../nbs/data/09_text.ipynb #adeda938
+# %% ../../nbs/data/09_text.ipynb #9ac19776
 import json, random, re, warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from ..core import BdnbError, derive_seed, did_you_mean
 
-# %% ../../nbs/data/09_text.ipynb #0a894565
+# %% ../../nbs/data/09_text.ipynb #8a74975b
 @lru_cache(maxsize=1)
 def _packaged():
     "(stop words, synonyms) of the packaged list."
@@ -40,11 +40,11 @@ def packaged_synonyms(
     singulars = [word[:-1], word[:-2], word[:-3] + 'y'] if word.endswith('s') else []
     return next((tuple(map(_plural, found[w])) for w in singulars if w in found and _plural(w) == word), ())
 
-# %% ../../nbs/data/09_text.ipynb #d411246f
+# %% ../../nbs/data/09_text.ipynb #df015ca4
 DEBIAN_WORDNET = Path('/usr/share/wordnet')
 
-_ENDINGS = dict(noun=[('s', ''), ('ses', 's'), ('ves', 'f'), ('xes', 'x'), ('zes', 'z'), ('ches', 'ch'), ('shes', 'sh'), ('men', 'man'),
-                      ('ies', 'y')],
+_ENDINGS = dict(noun=[('s', ''), ('ses', 's'), ('ves', 'f'), ('xes', 'x'), ('zes', 'z'), ('ches', 'ch'), ('shes', 'sh'),
+                      ('men', 'man'), ('ies', 'y')],
                 verb=[('s', ''), ('ies', 'y'), ('es', 'e'), ('es', ''), ('ed', 'e'), ('ed', ''), ('ing', 'e'), ('ing', '')],
                 adj=[('er', ''), ('est', ''), ('er', 'e'), ('est', 'e')], adv=[])
 
@@ -60,7 +60,7 @@ class WordNetFiles:
             self.data[pos] = (Path(folder)/f'data.{pos}').read_bytes()
 
     def _forms(self, word, pos):
-        "The word and its base forms that the index knows. Regular endings are cut only when the form is not a known irregular one."
+        "The word and its base forms that the index knows. Regular endings are cut only when the word is not an irregular form."
         base = self.irregular[pos].get(word) or [word[:-len(a)] + b for a, b in _ENDINGS[pos] if word.endswith(a)]
         return [w for w in dict.fromkeys([word, *base]) if w in self.index[pos]]
 
@@ -79,7 +79,7 @@ class WordNetFiles:
         data = self.data[pos]
         return data[offset:data.index(b'\n', offset)].decode().split()
 
-# %% ../../nbs/data/09_text.ipynb #1b9d24e3
+# %% ../../nbs/data/09_text.ipynb #8aa98929
 @lru_cache(maxsize=1)
 def _wordnet():
     "A function word -> set of lemma names, from nltk's corpus or Debian's files; None when neither is there."
@@ -99,8 +99,8 @@ def wordnet_synonyms(
     "Synonyms from WordNet, lower-case, in a fixed order. Raises `BdnbError` when WordNet is not installed."
     look = _wordnet()
     if look is None:
-        raise BdnbError("WordNet is not installed: `pip install bdnb[wordnet]` and `python -m nltk.downloader wordnet`, or Debian's "
-                        "`apt install wordnet-base`, or use the packaged synonyms (backend 'packaged')")
+        raise BdnbError("WordNet is not installed: `pip install bdnb[wordnet]` and `python -m nltk.downloader wordnet`, or "
+                        "Debian's `apt install wordnet-base`, or use the packaged synonyms (backend 'packaged')")
     return tuple(sorted({clean_text(name.replace('_', ' ')) for name in look(word)} - {word, ''}))
 
 BACKENDS = {'packaged': packaged_synonyms, 'wordnet': wordnet_synonyms}
@@ -114,7 +114,7 @@ def synonym_backend(
     if name == 'wordnet': BACKENDS[name]('dog')
     return name
 
-# %% ../../nbs/data/09_text.ipynb #e5c0a9eb
+# %% ../../nbs/data/09_text.ipynb #177aa493
 def clean_text(text:str)->str:
     "Lower-case a-z and single spaces: apostrophes vanish, anything else that is not a letter parts words."
     return ' '.join(re.sub('[^a-z]+', ' ', re.sub("['’]", '', text.lower())).split())
@@ -138,7 +138,7 @@ def insert_synonyms(words, k, rng, synonyms):
         if found: words.insert(rng.randrange(len(words)), rng.choice(found))
     return words
 
-# %% ../../nbs/data/09_text.ipynb #70301ff0
+# %% ../../nbs/data/09_text.ipynb #e52836b7
 def swap_words(words, k, rng, synonyms=None):
     "`k` times, swap two random words."
     words = list(words)
@@ -153,7 +153,7 @@ def delete_words(words, k, rng, synonyms=None, p=.1):
 
 EDA_OPERATIONS = (replace_synonyms, insert_synonyms, swap_words, delete_words)
 
-# %% ../../nbs/data/09_text.ipynb #ce416d9c
+# %% ../../nbs/data/09_text.ipynb #a5d88aee
 def eda(
     text:str,                     # a caption
     rng:random.Random,            # all randomness
@@ -165,7 +165,7 @@ def eda(
     operation = rng.choice(EDA_OPERATIONS)
     return ' '.join(operation(words, max(1, int(.1*len(words))), rng, synonyms))
 
-# %% ../../nbs/data/09_text.ipynb #ca62b52b
+# %% ../../nbs/data/09_text.ipynb #33e48a7b
 @dataclass(frozen=True)
 class TextView:
     "`(texts, keys) -> texts`: an EDA view of each caption, a function of the seed and the sample's key."
