@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Batch', 'epoch_order', 'rank_rows', 'Batches']
 
-# %% ../../nbs/data/07_batches.ipynb #a5be6cbb
+# %% ../../nbs/data/07_batches.ipynb #99e803cc
 from dataclasses import dataclass, replace
 import torch
 from torch.utils.data import DataLoader, Dataset
 from ..core import BdnbError, derive_seed, rng
 from .corpus import ArrayCorpus
 
-# %% ../../nbs/data/07_batches.ipynb #92a3b0fb
+# %% ../../nbs/data/07_batches.ipynb #66e2c448
 @dataclass(frozen=True)
 class Batch:
     "One rank's share of one global batch."
@@ -49,7 +49,7 @@ class Batch:
         "The same batch in page-locked memory, for an asynchronous copy to the GPU (unchanged without CUDA)."
         return self._tensors(torch.Tensor.pin_memory) if torch.cuda.is_available() else self
 
-# %% ../../nbs/data/07_batches.ipynb #c5b2a076
+# %% ../../nbs/data/07_batches.ipynb #4eac37c2
 class _Positions(Dataset):
     "An epoch's order as a data set: position -> (sample, corpus index, bad samples met on the way). Runs in the workers."
     def __init__(self, corpus, order, size, batch_size):
@@ -67,7 +67,7 @@ class _Positions(Dataset):
 
     def collate(self, items): return _stack(items, self.size)
 
-# %% ../../nbs/data/07_batches.ipynb #340f3e94
+# %% ../../nbs/data/07_batches.ipynb #0665d470
 def _stack(items, size):
     "((images, texts, labels, keys, index), bad samples). Errors travel as values: an exception would lose its one line."
     bad = [b for *_, bs in items for b in bs]
@@ -82,7 +82,7 @@ def _stack(items, size):
             None if labels is None else torch.tensor(labels, dtype=torch.int64), [s.key for s in samples],
             torch.tensor([i for _, i, _ in items], dtype=torch.int64)), bad
 
-# %% ../../nbs/data/07_batches.ipynb #af0a746a
+# %% ../../nbs/data/07_batches.ipynb #0e3718b0
 def epoch_order(
     n:int,             # samples in the corpus
     seed:int,          # of the run
@@ -103,7 +103,7 @@ def rank_rows(
     total = min(batch_size, n - step*batch_size)
     return rank*total//world_size, (rank + 1)*total//world_size, total
 
-# %% ../../nbs/data/07_batches.ipynb #c25b7828
+# %% ../../nbs/data/07_batches.ipynb #130f89e4
 def _gather(corpus, index, size):
     "Rows of an in-memory (or memory-mapped) corpus: (images, texts, labels, keys, index)."
     at = index.tolist()
@@ -123,7 +123,7 @@ def _decode(corpus, order, positions, size, batch_size, workers, skipped):
         if isinstance(parts, list): raise BdnbError(f'{name}: pictures of different sizes ({parts[0]}, {parts[1]}); give a size')
         yield parts
 
-# %% ../../nbs/data/07_batches.ipynb #e6b2f7b2
+# %% ../../nbs/data/07_batches.ipynb #36802e22
 class Batches:
     """The batches of a run over a corpus. `len()` is the steps in an epoch; `skipped` lists (key, reason) of bad samples.
 
@@ -140,9 +140,11 @@ class Batches:
         rank:int=0,            # which slice of the global batch
         world_size:int=1,      # how many slices
         text_view=None,        # `(texts, keys) -> texts`, e.g. `TextView`: fills `Batch.text_views`
+        draw_captions:bool=True, # where a picture has several captions, take another one each epoch; False: always the first
     ):
         self.corpus, self.batch_size, self.seed, self.size, self.shuffle = corpus, batch_size, seed, size, shuffle
         self.drop_last, self.workers, self.rank, self.world_size, self.text_view = drop_last, workers, rank, world_size, text_view
+        self.draw_captions = draw_captions
         self._bad = {}                                             # key -> why it could not be read
         n, name = len(corpus), getattr(corpus, 'name', 'corpus')
         if batch_size < 1: raise BdnbError(f'batch_size must be 1 or more, not {batch_size}')
@@ -163,6 +165,13 @@ class Batches:
         if self.text_view is None or texts is None: return None
         return self.text_view(texts, keys, epoch) if getattr(self.text_view, 'redraw', False) else self.text_view(texts, keys)
 
+    def _drawn(self, texts, keys, index, epoch):
+        "One of each picture's captions, a function of (seed, epoch, key)."
+        captions = getattr(self.corpus, 'captions', None)
+        if not (self.draw_captions and captions and texts): return texts
+        choices = [captions[i] for i in index.tolist()]
+        return [c[derive_seed(self.seed, 'caption', epoch, k) % len(c)] if len(c) > 1 else t for t, c, k in zip(texts, choices, keys)]
+
     def epoch(self,
         e:int,              # epoch number, from 0
         start_step:int=0,   # the first step wanted: where to go on after an interruption
@@ -176,5 +185,6 @@ class Batches:
         if in_memory: parts = (_gather(self.corpus, order[p.start:p.stop], self.size) for p in positions)
         else: parts = _decode(self.corpus, order, positions, self.size, b, self.workers, self._bad)
         for k, (first, _, total), (images, texts, labels, keys, index) in zip(steps, rows, parts):
+            texts = self._drawn(texts, keys, index, e)
             yield Batch(images, texts, labels, keys, index, derive_seed(self.seed, e, k), e, k, r, w, (first, total),
                         self._view(texts, keys, e))
