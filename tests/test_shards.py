@@ -249,6 +249,22 @@ def test_order_and_keys(tmp_path):
     for k in c.keys: k.encode('utf-8')
 
 
+def test_shards_that_cannot_be_used(tmp_path):
+    a = pack(tmp_path/'a.tar', pair('a'))
+    refused([a, a], 'twice')
+    refused([a, tmp_path/'x'/'..'/'b.tar'], 'no such file')
+    (tmp_path/'c.tar').symlink_to('c.tar')
+    refused(tmp_path/'c.tar', 'c.tar')
+
+
+def test_keys_that_a_shard_cannot_hold(tmp_path):
+    keys = ['a.jpg', '000000000', '_000000001', 'b/c.d/e', '../up', '/root', 'x' * 300, 'é', '__m__/x', 'pipe:ls', ' ']
+    c = ArrayCorpus(torch.zeros(len(keys), 3, 4, 4, dtype=torch.uint8), keys=keys, labels=range(len(keys)))
+    write_shards(c, tmp_path)
+    back = ShardCorpus(tmp_path)
+    assert back.keys == keys and [s.key for s in back.stream()] == keys and back.labels.tolist() == list(range(len(keys)))
+
+
 def test_captions(tmp_path):
     many = b'{"captions": ["one", "two", "two"], "caption": "zero", "other": [[[]]]}'
     c = ShardCorpus(pack(tmp_path/'a.tar', [('a.jpg', png()), ('a.json', many), ('b.png', png()), ('b.json', many), ('b.txt', b'\xef\xbb\xbfmain\r\n'),

@@ -6,7 +6,7 @@
 __all__ = ['COMMON', 'DOORS', 'Option', 'read_classes', 'name_classes', 'Door', 'add_door', 'parse_spec', 'open_corpus',
            'list_corpora']
 
-# %% ../../nbs/data/05_doors.ipynb #d1653b2b
+# %% ../../nbs/data/05_doors.ipynb #3c1ada13
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from .corpus import Corpus, CsvCorpus, FolderCorpus
 from .shards import SHARD_SUFFIXES, ShardCorpus
 from .torchsets import TORCHSETS, TorchvisionCorpus
 
-# %% ../../nbs/data/05_doors.ipynb #fe154376
+# %% ../../nbs/data/05_doors.ipynb #94726c8d
 @dataclass(frozen=True)
 class Option:
     "One option of a door."
@@ -49,7 +49,7 @@ def _read_option(option, text, where):
         need = dict(count='a whole number, 1 or more', number='a whole number, 0 or more').get(option.type, ' or '.join(words))
         raise BdnbError(f'{where}: option {option.name}={text!r}: needs {need}') from None
 
-# %% ../../nbs/data/05_doors.ipynb #5ed870da
+# %% ../../nbs/data/05_doors.ipynb #9e3f7e70
 COMMON = (Option('classes', 'names in index order: a .txt with one a line, or a .json list or {id: name}', 'path'),
           Option('n', 'only so many samples, drawn at random', 'count'), Option('seed', 'of every draw', 'number', 0),
           Option('captions', "captions from class names: 'templates' (the 80 of CLIP's paper), or a text with {} in it"),
@@ -104,7 +104,7 @@ def _finish(corpus, spec, classes=None, n=None, seed=0, captions=None, size=None
         corpus = corpus.with_captions([captions], seed)
     return corpus if size is None else corpus.cache(size, fit)
 
-# %% ../../nbs/data/05_doors.ipynb #7b0eda75
+# %% ../../nbs/data/05_doors.ipynb #1d8642c3
 @dataclass(frozen=True)
 class Door:
     "A kind of corpus: how it is opened and what may be said to it."
@@ -152,14 +152,21 @@ add_door(Door('wds', ShardCorpus, 'a .tar or .tar.gz, braces, * or a folder', 'W
 add_door(Door('torchvision', TorchvisionCorpus, 'a name', 'classic sets: ' + ', '.join(TORCHSETS),
               'torchvision:CIFAR10?root=data&split=test', _TORCH))
 
-# %% ../../nbs/data/05_doors.ipynb #eb4c0863
+# %% ../../nbs/data/05_doors.ipynb #e7a66209
+def _exists(text):
+    try: return Path(text).expanduser().exists()
+    except (OSError, RuntimeError): return False          # a name too long for the disk, an unknown ~user
+
 def _guess(text):
     "The door of a bare path, or None."
-    path = Path(text).expanduser()
-    if path.is_dir(): return DOORS['wds' if any(p.name.endswith(SHARD_SUFFIXES) for p in path.iterdir()) else 'folder']
+    path = Path(text).expanduser() if _exists(text) else Path(text)
+    if _exists(text) and path.is_dir():
+        try: shards = any(p.name.endswith(SHARD_SUFFIXES) for p in path.iterdir())
+        except OSError as e: raise BdnbError(f'{text}: cannot read the folder: {e.strerror}') from e
+        return DOORS['wds' if shards else 'folder']
     low = text.lower()
     if low.endswith(SHARD_SUFFIXES): return DOORS['wds']
-    if path.exists():
+    if _exists(text):
         if low.endswith(('.csv', '.tsv')): return DOORS[low[-3:]]
         raise BdnbError(f'{text}: not a folder, .csv, .tsv or .tar; say which kind it is, for example csv:{text}')
 
@@ -171,7 +178,8 @@ def parse_spec(
     before, _, query = text.partition('?')
     kind, colon, where = before.partition(':')
     door = DOORS.get(kind)
-    if not door and Path(text).expanduser().exists(): before, query = text, ''
+    if '\0' in text: raise BdnbError(f'{text!r}: a NUL character in the name of a corpus')
+    if not door and _exists(text): before, query = text, ''
     if not door and re.match(r'pipe:|[A-Za-z][A-Za-z0-9+.-]*://', text):
         raise BdnbError(f'{text}: only data on this machine is opened; fetch it first')
     if not door and before: door, where = _guess(before), before
@@ -197,8 +205,9 @@ def open_corpus(
     door, where, options = parse_spec(spec)
     own = {o.name for o in door.own}
     if 'fit' in options and 'size' not in options: raise BdnbError(f'{spec}: option fit needs a size')
-    if door.kind not in ('shapes', 'torchvision') and where.startswith('~'): where = str(Path(where).expanduser())
-    corpus = door.open(where, **{k: v for k, v in options.items() if k in own})
+    if where.startswith('~') and _exists(where): where = str(Path(where).expanduser())
+    try: corpus = door.open(where, **{k: v for k, v in options.items() if k in own})
+    except OSError as e: raise BdnbError(f'{spec}: cannot open: {e.strerror or e}') from e
     rest = {k: v for k, v in options.items() if k not in own}
     if 'seed' in own and 'seed' in options: rest['seed'] = options['seed']
     return _finish(corpus, spec, **rest)

@@ -6,7 +6,7 @@
 __all__ = ['SHARD_SUFFIXES', 'IMAGE_BYTES', 'TEXT_BYTES', 'HEADER_BYTES', 'HELD_BYTES', 'PICTURES', 'TEXTS', 'local_file',
            'expand_shards', 'ShardCorpus', 'write_shards']
 
-# %% ../../nbs/data/03_shards.ipynb #c9bde25d
+# %% ../../nbs/data/03_shards.ipynb #6f26475c
 import gzip, io, json, math, re, tarfile, zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from ..core import BdnbError, atomic_write, did_you_mean, read_json, write_json
 from .corpus import Corpus, MAX_CAPTION, Sample, clean_caption
 from .images import BadImage, load_image
 
-# %% ../../nbs/data/03_shards.ipynb #183fc380
+# %% ../../nbs/data/03_shards.ipynb #0c3447e8
 _SCHEME = re.compile(r'\s*[A-Za-z][A-Za-z0-9+.-]*:')
 SHARD_SUFFIXES = '.tar', '.tar.gz', '.tgz'
 
@@ -60,7 +60,7 @@ def expand_shards(
     if not found: raise BdnbError(f'{pattern}: no shards (.tar, .tar.gz) found')
     return [local_file(p) for p in found]
 
-# %% ../../nbs/data/03_shards.ipynb #6276c543
+# %% ../../nbs/data/03_shards.ipynb #d26ff5eb
 IMAGE_BYTES, TEXT_BYTES, HEADER_BYTES = 2**27, 2**20, 2**16     # the largest picture, text and header that are read
 HELD_BYTES = 2**32                                              # what gzipped shards may unpack to, all together
 
@@ -94,7 +94,7 @@ def _unpacked(path):
         else:
             with gzip.GzipFile(fileobj=raw) as f: yield f, HELD_BYTES, True
 
-# %% ../../nbs/data/03_shards.ipynb #a8c3b7cd
+# %% ../../nbs/data/03_shards.ipynb #8967e746
 _DAMAGE = tarfile.TarError, EOFError, OSError, zlib.error, ValueError, OverflowError, RecursionError, MemoryError
 
 def _refuse_name(name):
@@ -109,6 +109,7 @@ def _naming(path):
     try: yield
     except BdnbError: raise
     except _DAMAGE as e:
+        if isinstance(e, OSError) and e.errno: raise BdnbError(f'{path}: cannot read: {e.strerror}') from e
         why = str(e) or type(e).__name__
         raise BdnbError(f'{path}: damaged or truncated shard ({why}); make it again or leave it out') from e
 
@@ -134,7 +135,7 @@ def _printable(name):
     name = name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in re.sub(r'^(\./)+', '', name))
 
-# %% ../../nbs/data/03_shards.ipynb #4cdb1463
+# %% ../../nbs/data/03_shards.ipynb #b3b5c37f
 class _BadSample(BdnbError):
     "A sample that is named and skipped."
 
@@ -172,7 +173,7 @@ def _annotations(files)->tuple: # (main caption, all captions, how many were cut
     key = meta.get('key') if isinstance(meta.get('key'), str) else None
     return main, captions, a + b + sum(cut for _, cut in many), _label(files['cls'] if 'cls' in files else meta.get('label')), key
 
-# %% ../../nbs/data/03_shards.ipynb #3fb16843
+# %% ../../nbs/data/03_shards.ipynb #ae3cbcf0
 PICTURES, TEXTS = ('jpg', 'jpeg', 'png', 'webp'), ('txt', 'json', 'cls')
 _META = re.compile(r'__[^/]*__($|/)')
 
@@ -183,7 +184,7 @@ def _suffix(name):
 
 def _files(path, ignored):
     "The members worth having as `{fname, data, __url__}`; a picture in a plain tar is given as `(offset, size)`."
-    with _unpacked(path) as (*_, gz): pass
+    with _naming(path), _unpacked(path) as (*_, gz): pass
     for m, r in _members(path):
         key, suffix = _suffix(m.name)
         if m.isdir() or _META.match(m.name): continue
@@ -204,7 +205,7 @@ def _samples(path, ignored):
     except BdnbError: raise
     except ValueError as e: raise BdnbError(f'{path}: refused: {str(e.args[0]).split(" {")[0].split(" dict")[0]}') from None
 
-# %% ../../nbs/data/03_shards.ipynb #9c467799
+# %% ../../nbs/data/03_shards.ipynb #7c57adeb
 def _entries(paths, ignored, skipped, notes):
     "One dictionary per usable sample of all shards: shard, base, picture, captions, label, key."
     out, seen, held = [], set(), 0
@@ -229,7 +230,7 @@ def _entries(paths, ignored, skipped, notes):
                             key=key if given is None else _printable(_text(given))[:MAX_CAPTION] or key))
     return out
 
-# %% ../../nbs/data/03_shards.ipynb #31f986b9
+# %% ../../nbs/data/03_shards.ipynb #55ed6aeb
 def _agree(entries, skipped, has, what):
     "Keep only the samples that have a field when at least half have it, all of them otherwise: `(entries, present)`."
     have = sum(map(has, entries))
@@ -254,7 +255,7 @@ def _read_classes(path, labels):
     if max(labels, default=0) >= len(names): raise BdnbError(f'{path}: {len(names)} names, but a label is {max(labels)}')
     return names
 
-# %% ../../nbs/data/03_shards.ipynb #b8395e29
+# %% ../../nbs/data/03_shards.ipynb #7f4b368a
 def _stamp(path):
     "What changes when a file is replaced."
     st = path.stat()
@@ -274,7 +275,7 @@ def _table(entries, paths):
     elif labelled and (beside := paths[0].parent/'classes.json').is_file(): classes = _read_classes(beside, labels)
     return entries, classes, labels, *([e[c] for e in entries] if captioned else None for c in ('text', 'captions')), skipped
 
-# %% ../../nbs/data/03_shards.ipynb #da178116
+# %% ../../nbs/data/03_shards.ipynb #2020b35c
 class ShardCorpus(Corpus):
     """WebDataset shards as a map-style corpus. Never runs, fetches or unpickles anything.
 
@@ -286,6 +287,8 @@ class ShardCorpus(Corpus):
                  name:str=None, # what errors call it, by default the pattern
                 ):
         self.shards, self.ignored, skipped, notes = expand_shards(pattern), {}, [], []
+        twice = [str(p) for p, n in Counter(self.shards).items() if n > 1]
+        if twice: raise BdnbError(f'{pattern}: names the shard {twice[0]} twice')
         self._stamps = [_stamp(p) for p in self.shards]
         entries = _entries(self.shards, self.ignored, skipped, notes)
         entries, classes, labels, texts, captions, lacking = _table(entries, self.shards)
@@ -310,7 +313,8 @@ class ShardCorpus(Corpus):
     def _image(self, i, size=None, fit='crop'):
         shard, _, where = self._where[i]
         if isinstance(where, bytes): return self._decode(i, where, size, fit)
-        with self._unchanged(shard).open('rb') as f:
+        path = self._unchanged(shard)
+        with _naming(path), path.open('rb') as f:
             f.seek(where[0])
             return self._decode(i, f.read(where[1]), size, fit)
 
@@ -343,7 +347,7 @@ class ShardCorpus(Corpus):
         for shard in shards:
             with _unpacked(self._unchanged(shard)) as (f, *_): yield dict(url=str(self.shards[shard]), stream=f)
 
-# %% ../../nbs/data/03_shards.ipynb #982019d8
+# %% ../../nbs/data/03_shards.ipynb #d0ed0726
 _FORMATS = {'png': dict(format='PNG'), 'webp': dict(format='WEBP', lossless=True), 'jpg': dict(format='JPEG', quality=95)}
 
 def _encode(image, ext):
@@ -355,7 +359,7 @@ def _encode(image, ext):
 def _sample_members(corpus, i, sample, ext):
     "The members of one sample: a list of (name, bytes)."
     plain = re.fullmatch(r'[A-Za-z0-9][\w-]*(/[A-Za-z0-9][\w-]*)*', sample.key, re.ASCII) and len(sample.key) < 90
-    base = sample.key if plain else f'{i:09d}'
+    base = sample.key if plain else f'_{i:09d}'                # no plain key begins like this
     meta = {} if plain else dict(key=sample.key)
     out = [(f'{base}.{ext}', _encode(sample.image, ext))]
     if corpus.texts is not None: out.append((f'{base}.txt', sample.text.encode()))
