@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['actions', 'draw_actions', 'apply_actions', 'autoaugment']
 
-# %% ../../nbs/data/08_augment.ipynb #ef09d9fe
+# %% ../../nbs/data/08_augment.ipynb #ccfe9c16
 import numpy as np, torch
 from functools import lru_cache
 from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy, InterpolationMode
 from ..core import BdnbError, did_you_mean
 
-# %% ../../nbs/data/08_augment.ipynb #9f8558d9
+# %% ../../nbs/data/08_augment.ipynb #022dc880
 def _apply_one(images, action):
     "torchvision's own operation on uint8 [..., 3, H, W]."
     name, magnitude = action
@@ -25,7 +25,7 @@ def _tv(policy):
     if policy not in known: raise BdnbError(f'unknown policy {policy!r}; {did_you_mean(policy, known)}')
     return AutoAugment(AutoAugmentPolicy(policy))
 
-# %% ../../nbs/data/08_augment.ipynb #96f26745
+# %% ../../nbs/data/08_augment.ipynb #9bd579c8
 @lru_cache(maxsize=64)
 def actions(
     height:int,               # of the pictures: translations are a share of it
@@ -45,7 +45,7 @@ def actions(
                 table[p, stage, sign] = found.setdefault(action, len(found))
     return list(found), torch.tensor([[q for _, q, _ in sub] for sub in tv._policies]), table
 
-# %% ../../nbs/data/08_augment.ipynb #a93c6143
+# %% ../../nbs/data/08_augment.ipynb #1f1e1485
 def draw_actions(
     n:int,                       # pictures
     generator:torch.Generator,   # on the CPU
@@ -59,7 +59,7 @@ def draw_actions(
     drawn = table[sub[:, None], torch.arange(2), (sign <= .5).long()]
     return torch.where(happens <= probability[sub], drawn, 0)
 
-# %% ../../nbs/data/08_augment.ipynb #6f45ccab
+# %% ../../nbs/data/08_augment.ipynb #38b0bb5d
 _POINTWISE = {'Posterize', 'Solarize', 'Invert', 'Brightness'}
 _LARGE = 2**14            # pixels from which a CPU is quicker one picture, and one plane, at a time
 _GEOMETRIC = {'Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY'}
@@ -92,7 +92,7 @@ def _through(x, tables):
 def _pointwise(x, ids, policy):
     return _through(x, _lookup(*x.shape[-2:], policy, x.device)[torch.from_numpy(ids).to(x.device)])
 
-# %% ../../nbs/data/08_augment.ipynb #a758ba1f
+# %% ../../nbs/data/08_augment.ipynb #027be9bb
 def _count(x):
     "On a CPU: histograms plane by plane."
     return torch.stack([torch.bincount(p, minlength=256) for p in x.flatten(0, 1).flatten(1)]).view(-1, 3, 256)
@@ -111,7 +111,7 @@ def _equalize(x, ids, policy):
     table = ((torch.nn.functional.pad(total[..., :-1], (1, 0)) + step//2)//step.clamp(min=1)).clamp(0, 255)
     return _through(x, torch.where(step > 0, table, torch.arange(256, device=x.device)).to(torch.uint8))
 
-# %% ../../nbs/data/08_augment.ipynb #54127eb4
+# %% ../../nbs/data/08_augment.ipynb #deb037fa
 @lru_cache(maxsize=16)
 def _sources(height, width, policy, device):
     "(int64 [G, H*W], row of each action): where pixels come from; 0 is outside, k + 1 the k-th. Made on the CPU for all devices."
@@ -129,7 +129,7 @@ def _geometric(x, ids, policy):
     source = maps[torch.from_numpy(row[ids]).to(x.device)][:, None].expand(-1, 3, -1)
     return torch.nn.functional.pad(x.flatten(2), (1, 0)).gather(2, source).view_as(x)
 
-# %% ../../nbs/data/08_augment.ipynb #01fbc175
+# %% ../../nbs/data/08_augment.ipynb #02d714f7
 def _by_strength(x, ids, policy):
     "torchvision's operation for all pictures with the same action."
     acts = actions(*x.shape[-2:], policy)[0]
@@ -152,7 +152,7 @@ def _stage(x, ids, acts, policy):
         x[at] = kind(x[at], ids[mine], policy)
     return x
 
-# %% ../../nbs/data/08_augment.ipynb #795fb414
+# %% ../../nbs/data/08_augment.ipynb #95e291b1
 def apply_actions(
     images:torch.Tensor,      # uint8 [B, 3, H, W], any device; not changed
     drawn:torch.Tensor,       # int64 [B, 2] from `draw_actions`, on the CPU

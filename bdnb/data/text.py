@@ -7,14 +7,14 @@ __all__ = ['DEBIAN_WORDNET', 'BACKENDS', 'EDA_OPERATIONS', 'stop_words', 'packag
            'synonym_backend', 'clean_text', 'replace_synonyms', 'insert_synonyms', 'swap_words', 'delete_words', 'eda',
            'TextView']
 
-# %% ../../nbs/data/09_text.ipynb #9ac19776
+# %% ../../nbs/data/09_text.ipynb #1beafd05
 import json, random, re, warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from ..core import BdnbError, derive_seed, did_you_mean
 
-# %% ../../nbs/data/09_text.ipynb #8a74975b
+# %% ../../nbs/data/09_text.ipynb #8a98664d
 @lru_cache(maxsize=1)
 def _packaged():
     "(stop words, synonyms) of the packaged list."
@@ -40,7 +40,7 @@ def packaged_synonyms(
     singulars = [word[:-1], word[:-2], word[:-3] + 'y'] if word.endswith('s') else []
     return next((tuple(map(_plural, found[w])) for w in singulars if w in found and _plural(w) == word), ())
 
-# %% ../../nbs/data/09_text.ipynb #df015ca4
+# %% ../../nbs/data/09_text.ipynb #79c7ac6f
 DEBIAN_WORDNET = Path('/usr/share/wordnet')
 
 _ENDINGS = dict(noun=[('s', ''), ('ses', 's'), ('ves', 'f'), ('xes', 'x'), ('zes', 'z'), ('ches', 'ch'), ('shes', 'sh'),
@@ -79,7 +79,7 @@ class WordNetFiles:
         data = self.data[pos]
         return data[offset:data.index(b'\n', offset)].decode().split()
 
-# %% ../../nbs/data/09_text.ipynb #8aa98929
+# %% ../../nbs/data/09_text.ipynb #e7bfadd2
 @lru_cache(maxsize=1)
 def _wordnet():
     "A function word -> set of lemma names, from nltk's corpus or Debian's files; None when neither is there."
@@ -114,7 +114,7 @@ def synonym_backend(
     if name == 'wordnet': BACKENDS[name]('dog')
     return name
 
-# %% ../../nbs/data/09_text.ipynb #177aa493
+# %% ../../nbs/data/09_text.ipynb #6f84d027
 def clean_text(text:str)->str:
     "Lower-case a-z and single spaces: apostrophes vanish, anything else that is not a letter parts words."
     return ' '.join(re.sub('[^a-z]+', ' ', re.sub("['’]", '', text.lower())).split())
@@ -138,7 +138,7 @@ def insert_synonyms(words, k, rng, synonyms):
         if found: words.insert(rng.randrange(len(words)), rng.choice(found))
     return words
 
-# %% ../../nbs/data/09_text.ipynb #e52836b7
+# %% ../../nbs/data/09_text.ipynb #1c5aed8f
 def swap_words(words, k, rng, synonyms=None):
     "`k` times, swap two random words."
     words = list(words)
@@ -153,7 +153,7 @@ def delete_words(words, k, rng, synonyms=None, p=.1):
 
 EDA_OPERATIONS = (replace_synonyms, insert_synonyms, swap_words, delete_words)
 
-# %% ../../nbs/data/09_text.ipynb #a5d88aee
+# %% ../../nbs/data/09_text.ipynb #f4ca05e4
 def eda(
     text:str,                     # a caption
     rng:random.Random,            # all randomness
@@ -165,7 +165,7 @@ def eda(
     operation = rng.choice(EDA_OPERATIONS)
     return ' '.join(operation(words, max(1, int(.1*len(words))), rng, synonyms))
 
-# %% ../../nbs/data/09_text.ipynb #33e48a7b
+# %% ../../nbs/data/09_text.ipynb #3cce7ce2
 @dataclass(frozen=True)
 class TextView:
     "`(texts, keys) -> texts`: an EDA view of each caption, a function of the seed and the sample's key."
@@ -181,6 +181,6 @@ class TextView:
         epoch:int=None,  # needed with `redraw`, ignored without
     )->list:
         "The views, in order."
-        if self.redraw and epoch is None: raise BdnbError('a text view with redraw=True needs the epoch: view(texts, keys, epoch)')
+        if self.redraw and epoch is None: raise BdnbError('redraw=True needs the epoch: view(texts, keys, epoch)')
         synonyms, draw = BACKENDS[synonym_backend(self.backend)], (epoch,) if self.redraw else ()
         return [eda(t, random.Random(derive_seed('text view', self.seed, k, *draw)), synonyms) for t, k in zip(texts, keys)]
