@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Batch', 'epoch_order', 'rank_rows', 'Batches']
 
-# %% ../../nbs/data/07_batches.ipynb #99e803cc
+# %% ../../nbs/data/07_batches.ipynb #42d3f804
 from dataclasses import dataclass, replace
 import torch
 from torch.utils.data import DataLoader, Dataset
 from ..core import BdnbError, derive_seed, rng
 from .corpus import ArrayCorpus
 
-# %% ../../nbs/data/07_batches.ipynb #66e2c448
+# %% ../../nbs/data/07_batches.ipynb #ff8683a8
 @dataclass(frozen=True)
 class Batch:
     "One rank's share of one global batch."
@@ -49,7 +49,7 @@ class Batch:
         "The same batch in page-locked memory, for an asynchronous copy to the GPU (unchanged without CUDA)."
         return self._tensors(torch.Tensor.pin_memory) if torch.cuda.is_available() else self
 
-# %% ../../nbs/data/07_batches.ipynb #4eac37c2
+# %% ../../nbs/data/07_batches.ipynb #dc23c220
 class _Positions(Dataset):
     "An epoch's order as a data set: position -> (sample, corpus index, bad samples met on the way). Runs in the workers."
     def __init__(self, corpus, order, size, batch_size):
@@ -67,7 +67,7 @@ class _Positions(Dataset):
 
     def collate(self, items): return _stack(items, self.size)
 
-# %% ../../nbs/data/07_batches.ipynb #0665d470
+# %% ../../nbs/data/07_batches.ipynb #6e323e35
 def _stack(items, size):
     "((images, texts, labels, keys, index), bad samples). Errors travel as values: an exception would lose its one line."
     bad = [b for *_, bs in items for b in bs]
@@ -82,7 +82,7 @@ def _stack(items, size):
             None if labels is None else torch.tensor(labels, dtype=torch.int64), [s.key for s in samples],
             torch.tensor([i for _, i, _ in items], dtype=torch.int64)), bad
 
-# %% ../../nbs/data/07_batches.ipynb #0e3718b0
+# %% ../../nbs/data/07_batches.ipynb #1b143021
 def epoch_order(
     n:int,             # samples in the corpus
     seed:int,          # of the run
@@ -103,7 +103,7 @@ def rank_rows(
     total = min(batch_size, n - step*batch_size)
     return rank*total//world_size, (rank + 1)*total//world_size, total
 
-# %% ../../nbs/data/07_batches.ipynb #130f89e4
+# %% ../../nbs/data/07_batches.ipynb #a84e7564
 def _gather(corpus, index, size):
     "Rows of an in-memory (or memory-mapped) corpus: (images, texts, labels, keys, index)."
     at = index.tolist()
@@ -123,7 +123,7 @@ def _decode(corpus, order, positions, size, batch_size, workers, skipped):
         if isinstance(parts, list): raise BdnbError(f'{name}: pictures of different sizes ({parts[0]}, {parts[1]}); give a size')
         yield parts
 
-# %% ../../nbs/data/07_batches.ipynb #36802e22
+# %% ../../nbs/data/07_batches.ipynb #2017837a
 class Batches:
     """The batches of a run over a corpus. `len()` is the steps in an epoch; `skipped` lists (key, reason) of bad samples.
 
