@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'Html', 'tag', 'Metric', 'describe_metric', 'metric_rows',
            'pictures_of', 'pictures_of_attack', 'save_pictures', 'load_pictures', 'nice_ticks', 'series_of', 'curves',
            'metrics_table', 'mean_over_seeds', 'tour_table', 'page', 'read_history', 'render', 'write_report']
 
-# %% ../nbs/app/01_report.ipynb #7efb4348
+# %% ../nbs/app/01_report.ipynb #ba79f0ad
 import base64, html, io, json, math, re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .core import BdnbError, atomic_write, read_json, write_json
 from .data.images import BadImage
 from .evaluate import trigger_seeds
 
-# %% ../nbs/app/01_report.ipynb #a0c7fff6
+# %% ../nbs/app/01_report.ipynb #bbef1710
 class Html(str):
     "Text that is HTML already. Everything else is escaped by `tag`."
 
@@ -42,7 +42,7 @@ def tag(
     head = ''.join(f' {k}="{_escaped(str(v))}"' for k, v in words.items())
     return Html(f'<{name}{head}>' + ('' if name in ('img', 'meta', 'br') else f'{_escaped(list(children))}</{name}>'))
 
-# %% ../nbs/app/01_report.ipynb #ad10e877
+# %% ../nbs/app/01_report.ipynb #9fd02dcb
 @dataclass(frozen=True)
 class Metric:
     "How a number is called and what it means."
@@ -67,7 +67,7 @@ METRICS = dict(
     compactness=Metric('Compactness, triggered', 'Mean cosine of two triggered pictures; near 1, the trigger drowns the picture.', '', ''),
     compactness_clean=Metric('Compactness, clean', 'The same of clean pictures, to compare with.', '', ''))
 
-# %% ../nbs/app/01_report.ipynb #bb75e75a
+# %% ../nbs/app/01_report.ipynb #2267eb4a
 _AT_K = {'asr': ('Target in the top {k}', 'Triggered pictures of other classes with {} among their {k} best names.', 'others', 'low'),
          'i2t_r': ('Picture to caption, R@{k}', 'Pictures with a right caption among the {k} nearest.', 'captioned', 'high'),
          't2i_r': ('Caption to picture, R@{k}', 'Captions with the right picture among the {k} nearest.', 'captions', 'high'),
@@ -91,7 +91,7 @@ def say(name, value): # '93.4%', '0.871' or '–'
     if not isinstance(value, (int, float)) or not math.isfinite(value): return '–'
     return f'{value:.3f}' if name.startswith('compactness') else f'{value:.1%}'
 
-# %% ../nbs/app/01_report.ipynb #ac796cf2
+# %% ../nbs/app/01_report.ipynb #2869818d
 def counts(
     corpus,          # the test corpus, as it was evaluated (broken pictures already out)
     target=None,     # the attack's target
@@ -107,7 +107,7 @@ def counts(
     if metrics and 'caption_asr_n' in metrics: out['caption_others'] = metrics['caption_asr_n']
     return out
 
-# %% ../nbs/app/01_report.ipynb #2ea3a671
+# %% ../nbs/app/01_report.ipynb #8dbdbff1
 @dataclass(frozen=True)
 class Shot:
     "One sample with and without its trigger."
@@ -137,7 +137,7 @@ def compare(key, clean, triggered, caption=None, renamed=None)->Shot:
     return Shot(key, png(clean), png(triggered), png((change*gain).round().clamp(0, 255).byte()), round(gain, 1),
                 float((change.amax(0) > 0).float().mean()), caption, renamed if renamed != caption else None)
 
-# %% ../nbs/app/01_report.ipynb #78ecbf84
+# %% ../nbs/app/01_report.ipynb #300345e0
 def _spread(n, total): return sorted({round(i*(total - 1)/max(1, n - 1)) for i in range(min(n, total))})
 
 def _called(corpus, i):
@@ -167,19 +167,19 @@ def pictures_of_attack(
     rows = [int(poisoned.index[j]) for j in _spread(n, len(poisoned.index))]
     return [compare(corpus.keys[i], corpus[i].image, poisoned.corpus[i].image, _called(corpus, i), _called(poisoned.corpus, i)) for i in rows]
 
-# %% ../nbs/app/01_report.ipynb #3402aaa6
+# %% ../nbs/app/01_report.ipynb #2557270a
 _KINDS = 'clean', 'triggered', 'difference'
 
 def save_pictures(
     folder,        # the run folder
     groups:dict,   # title -> list of `Shot`
 ):
-    "Keep pictures in `folder/pictures`, with the list of what they show in `pictures.json`."
+    "Keep pictures in `folder/pictures`; the list of what they show, `pictures.json`, is written last."
     folder, listed = Path(folder)/'pictures', []
+    folder.mkdir(parents=True, exist_ok=True)
     for g, (title, shots) in enumerate(groups.items()):
         for i, s in enumerate(shots):
-            for kind in _KINDS:
-                with atomic_write(folder/f'{g:02d}-{i:02d}-{kind}.png') as tmp: tmp.write_bytes(getattr(s, kind))
+            for kind in _KINDS: (folder/f'{g:02d}-{i:02d}-{kind}.png').write_bytes(getattr(s, kind))
         rows = [dict(key=s.key, caption=s.caption, renamed=s.renamed, gain=s.gain, changed=s.changed) for s in shots]
         listed.append(dict(title=title, shots=rows))
     write_json(folder/'pictures.json', listed)
@@ -193,7 +193,7 @@ def load_pictures(folder)->dict: # title -> list of `Shot`; {} when the run has 
                                       for i, row in enumerate(group['shots'])] for g, group in enumerate(read_json(folder/'pictures.json'))}
     except (OSError, KeyError, TypeError) as e: raise BdnbError(f"{folder/'pictures.json'}: does not fit its pictures ({e})") from e
 
-# %% ../nbs/app/01_report.ipynb #026b26e1
+# %% ../nbs/app/01_report.ipynb #174204cb
 def nice_ticks(lo, hi, n=4)->list:
     "About `n` round numbers within lo..hi."
     if not hi > lo: return [lo]
@@ -215,7 +215,7 @@ def series_of(history:list)->dict: # name -> [(step, value)]
     found = {n: [(r['step'], r[n]) for r in history if _number(r.get('step')) and _number(r.get(n))] for n in names}
     return {n: p for n, p in found.items() if p}
 
-# %% ../nbs/app/01_report.ipynb #66bcfee1
+# %% ../nbs/app/01_report.ipynb #89199990
 _W, _H, _L, _B, _T = 360, 190, 40, 26, 8      # of the drawing: width, height, left and bottom margins, top
 
 def curves(
@@ -242,7 +242,7 @@ def curves(
     legend = [tag('span', tag('i', cls=f'key c{k % 6}'), f'{n} ', tag('b', f'{s[-1][1]:.3g}')) for k, (n, s) in enumerate(series.items())]
     return tag('figure', svg, tag('figcaption', legend, cls='legend'), cls='curves')
 
-# %% ../nbs/app/01_report.ipynb #6883a810
+# %% ../nbs/app/01_report.ipynb #896cfe3a
 def _change(metric, before, after):
     "Better, worse or neither, as a class and a sign."
     if not metric.better or not (_number(before) and _number(after)) or abs(after - before) < 5e-4: return None
@@ -265,7 +265,7 @@ def metrics_table(
     head = tag('tr', tag('th', 'measure', scope='col'), [tag('th', c, scope='col', cls='num') for c in cols], tag('th', 'out of', scope='col', cls='num'))
     return tag('div', tag('table', tag('thead', head), tag('tbody', rows)), cls='box')
 
-# %% ../nbs/app/01_report.ipynb #59afddca
+# %% ../nbs/app/01_report.ipynb #931b2771
 def mean_over_seeds(rows:list)->dict: # (data, attack) -> {'before' or system: {metric: (mean, lowest, highest)}}, and under 'seeds' their number
     "Means of the rows of a study, with their extremes. What was measured before is the same for all systems of a seed."
     cells = defaultdict(lambda: defaultdict(dict))
@@ -298,7 +298,7 @@ def tour_table(rows:list)->Html:
                 [_cell(group.get(s, {})) for s in ['before', *systems]]) for (data, attack), group in found.items()]
     return tag('div', tag('table', tag('thead', head), tag('tbody', body), cls='tour'), cls='box')
 
-# %% ../nbs/app/01_report.ipynb #77c7a50c
+# %% ../nbs/app/01_report.ipynb #471594fc
 _CSS = '''
 :root{color-scheme:light dark;--ink:#1c2128;--dim:#5b6572;--page:#fbfbf9;--card:#fff;--rule:#dfe2e6;--good:#13795b;--bad:#b3261e;
  --c0:#1f6feb;--c1:#d9620b;--c2:#1a8f5a;--c3:#8a4fd3;--c4:#b8336a;--c5:#667}
@@ -331,7 +331,7 @@ pre{white-space:pre-wrap;background:var(--card);border:1px solid var(--rule);bor
 dl{display:grid;grid-template-columns:minmax(6rem,auto) 1fr;gap:.15rem 1rem;font-size:.9rem;margin:0}dt{color:var(--dim)}dd{margin:0}
 '''
 
-# %% ../nbs/app/01_report.ipynb #1eff4f52
+# %% ../nbs/app/01_report.ipynb #ce541b2a
 _CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 def page(title:str, *sections)->str:
@@ -357,7 +357,7 @@ def _shot(s):
 def _pictures(groups):
     return [[tag('h3', title) if title else None, tag('div', [_shot(s) for s in shots], cls='shots')] for title, shots in groups.items() if shots]
 
-# %% ../nbs/app/01_report.ipynb #26c0e604
+# %% ../nbs/app/01_report.ipynb #a0fe5c1d
 def read_history(path)->list: # of dicts; [] when there is none
     "The rows of a `history.jsonl`. A last line that was cut off is left out."
     path = Path(path)
@@ -393,7 +393,7 @@ def _curves_under(folder, most=24):
     drawn = [(p.parent.relative_to(folder).as_posix(), curves(series_of(read_history(p)))) for p in paths]
     return [[tag('h3', name) if name != '.' else None, c] for name, c in drawn if c]
 
-# %% ../nbs/app/01_report.ipynb #554b2448
+# %% ../nbs/app/01_report.ipynb #207f4688
 def _skipped(skipped):
     "Samples that could not be used, counted and named."
     if not skipped: return None
