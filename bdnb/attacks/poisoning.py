@@ -6,7 +6,7 @@
 __all__ = ['ATTACKS', 'PARITY_ATTACKS', 'word_pattern', 'select_by_word', 'fill_captions', 'Poisoning', 'choose_rows', 'Poisoned',
            'make_attack']
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #7a2d7114
+# %% ../../nbs/attacks/01_poisoning.ipynb #c59538b8
 import re, shutil, tempfile, weakref
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -19,7 +19,7 @@ from ..core import BdnbError, did_you_mean, hash_uniform, read_json, rng, write_
 from .triggers import TRIGGERS, Trigger, make_trigger, seeds_from_keys
 from ..data.corpus import ArrayCorpus
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #36788d13
+# %% ../../nbs/attacks/01_poisoning.ipynb #bd5e55ae
 def word_pattern(word:str)->re.Pattern: # matches the word or phrase as a whole, in any case
     "The compiled pattern of a whole word or phrase."
     parts = word.split()
@@ -36,7 +36,7 @@ def select_by_word(
     low = longest.lower()
     return np.array([i for i, t in enumerate(texts) if t and (low in t.lower() or not t.isascii()) and found(t)], dtype=np.int64)
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #07f98552
+# %% ../../nbs/attacks/01_poisoning.ipynb #70ce34cb
 @lru_cache(maxsize=1)
 def _imagenet_templates():
     from open_clip import OPENAI_IMAGENET_TEMPLATES
@@ -51,7 +51,7 @@ def fill_captions(
     if captions == 'templates': return [t(target) for t in _imagenet_templates()]
     return [t.replace('{}', target) for t in captions]
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #0f6beeb1
+# %% ../../nbs/attacks/01_poisoning.ipynb #2ac182c8
 @dataclass(frozen=True)
 class Poisoning:
     """A plan: which samples get the trigger, and what they are then called.
@@ -104,7 +104,7 @@ class Poisoning:
         try: return Poisoning.from_json(read_json(path))
         except BdnbError as e: raise e if str(path) in str(e) else BdnbError(f'{path}: {e}') from e
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #fd285912
+# %% ../../nbs/attacks/01_poisoning.ipynb #cd27aefa
 def _about_target(plan, corpus):
     "Which samples are about the target, by label and by caption: two boolean [N] or None."
     by_label = by_text = None
@@ -129,7 +129,7 @@ def _candidates(plan, corpus):
     about = by_label if by_label is not None else by_text
     return np.flatnonzero(~about), np.flatnonzero(about)
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #fae50946
+# %% ../../nbs/attacks/01_poisoning.ipynb #11a305b6
 def choose_rows(
     plan:Poisoning,
     corpus,         # any corpus with labels or captions
@@ -162,7 +162,7 @@ def _describe(self:Poisoning,
 
 Poisoning.describe = _describe
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #8fef7490
+# %% ../../nbs/attacks/01_poisoning.ipynb #c71a9fad
 @dataclass(frozen=True, eq=False)
 class Poisoned:
     "A poisoned corpus and the truth about it."
@@ -187,7 +187,7 @@ def _copy_images(images, budget_bytes):
     for i in range(0, len(images), 1024): out[i:i + 1024] = images[i:i + 1024]
     return out, folder
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #9dcdb14c
+# %% ../../nbs/attacks/01_poisoning.ipynb #ac02bddf
 def _stamp(plan, images, rows, seeds):
     "Put the trigger on `images[rows]`, in place, in bounded chunks."
     chunk = max(1, 2**23 // images[0].numel())
@@ -230,7 +230,7 @@ def _apply(self:Poisoning,
 
 Poisoning.apply = _apply
 
-# %% ../../nbs/attacks/01_poisoning.ipynb #95540903
+# %% ../../nbs/attacks/01_poisoning.ipynb #6c3515ec
 ATTACKS = dict(                                              # name -> (trigger, mode)
     badnet=('badnet', 'dirty'),
     blended=('blended:pattern=picture', 'dirty'),
