@@ -50,8 +50,8 @@ def test_same_plan_same_bytes(name, tmp_path):
 def test_images_are_the_trigger_on_the_key():
     c, plan = corpus(), Poisoning(make_trigger('badnet:pattern=noise,place=random'), 'banana', count=7, seed=3)
     p = plan.apply(c)
-    assert torch.equal(p.corpus.images[p.index], plan.trigger.on_uint8(c.images[p.index], seeds_from_keys(p.keys, 'poisoning',
-                                                                                                          3)))
+    seeds = seeds_from_keys(p.keys, 'poisoning', 3)
+    assert torch.equal(p.corpus.images[p.index], plan.trigger.on_uint8(c.images[p.index], seeds))
 
 
 def test_dirty_renames_and_only_the_chosen():
@@ -186,13 +186,15 @@ def test_bad_plan_files_are_named(d, tmp_path):
 def test_wishes_that_do_not_suit_the_corpus():
     texts, lc = dict(labels=False, names=False), dict(mode='label_consistent')
     cases = [(dict(target='bananna', count=1), corpus(), "did you mean 'banana'"),
-             (dict(count=91), corpus(), 'only 90'), (dict(count=31, **lc), corpus(), 'only 30'), (dict(rate=.001), corpus(), 'is none'),
+             (dict(count=91), corpus(), 'only 90'), (dict(count=31, **lc), corpus(), 'only 30'),
+             (dict(rate=.001), corpus(), 'is none'),
              (dict(target='cherry', count=1, **lc), corpus(**texts), 'only 0'),
              (dict(count=1, captions='keep'), corpus(**texts), 'changes nothing'),
              (dict(count=1), corpus(texts=False, **texts), 'neither labels nor captions'),
              (dict(count=1), corpus(texts=False, names=False), 'no class names')]
     for options, c, message in cases:
-        with pytest.raises(BdnbError, match=message) as e: Poisoning(**{'trigger': BadNet(), 'target': 'banana', **options}).apply(c)
+        plan = Poisoning(**{'trigger': BadNet(), 'target': 'banana', **options})
+        with pytest.raises(BdnbError, match=message) as e: plan.apply(c)
         assert 'toy' in str(e.value) and '\n' not in str(e.value)
     with pytest.raises(BdnbError, match='does not fit into 20 x 20'):
         Poisoning('badnet:size=21', 'banana', count=1).apply(corpus())

@@ -200,8 +200,9 @@ def test_patch_sizes():
     assert (BadNet()(x) != x).any(1).sum() == 16 * 16
 
 
-wrong = ['', 'badnt', 'badnet:sise=5', 'badnet:size=0', 'badnet:size=-3', 'badnet:size=0.0', 'badnet:size=1.01', 'badnet:size=nan',
-         'badnet:size=big', 'badnet:size=true', 'badnet:place=middle', 'badnet:pattern=cheker', 'badnet:color=red',
+wrong = ['', 'badnt', 'badnet:sise=5', 'badnet:size=0', 'badnet:size=-3', 'badnet:size=0.0', 'badnet:size=1.01',
+         'badnet:size=nan', 'badnet:size=big', 'badnet:size=true', 'badnet:place=middle', 'badnet:pattern=cheker',
+         'badnet:color=red',
          'badnet:margin=-1', 'badnet:margin=.5', 'badnet:pattern_seed=x', 'badnet:size', 'badnet:wrap_uint8=2',
          'blended:alpha=1.5', 'blended:alpha=inf', 'blended:pattern=3', 'blended:pattern=no/such/file.png',
          'sig:mode=multiply', 'sig:freq=-1', 'sig:delta=x', 'wanet:k=1', 'wanet:k=2.5', 'wanet:k=100000', 'wanet:mode=rough',
