@@ -6,7 +6,7 @@
 __all__ = ['COMMON', 'DOORS', 'Option', 'read_classes', 'name_classes', 'Door', 'add_door', 'parse_spec', 'open_corpus',
            'list_corpora']
 
-# %% ../../nbs/data/05_doors.ipynb #3c1ada13
+# %% ../../nbs/data/05_doors.ipynb #5974da5c
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from .corpus import Corpus, CsvCorpus, FolderCorpus
 from .shards import SHARD_SUFFIXES, ShardCorpus
 from .torchsets import TORCHSETS, TorchvisionCorpus
 
-# %% ../../nbs/data/05_doors.ipynb #94726c8d
+# %% ../../nbs/data/05_doors.ipynb #15ab269b
 @dataclass(frozen=True)
 class Option:
     "One option of a door."
@@ -49,7 +49,7 @@ def _read_option(option, text, where):
         need = dict(count='a whole number, 1 or more', number='a whole number, 0 or more').get(option.type, ' or '.join(words))
         raise BdnbError(f'{where}: option {option.name}={text!r}: needs {need}') from None
 
-# %% ../../nbs/data/05_doors.ipynb #9e3f7e70
+# %% ../../nbs/data/05_doors.ipynb #5175c175
 COMMON = (Option('classes', 'names in index order: a .txt with one a line, or a .json list or {id: name}', 'path'),
           Option('n', 'only so many samples, drawn at random', 'count'), Option('seed', 'of every draw', 'number', 0),
           Option('captions', "captions from class names: 'templates' (the 80 of CLIP's paper), or a text with {} in it"),
@@ -104,7 +104,7 @@ def _finish(corpus, spec, classes=None, n=None, seed=0, captions=None, size=None
         corpus = corpus.with_captions([captions], seed)
     return corpus if size is None else corpus.cache(size, fit)
 
-# %% ../../nbs/data/05_doors.ipynb #1d8642c3
+# %% ../../nbs/data/05_doors.ipynb #03e755f7
 @dataclass(frozen=True)
 class Door:
     "A kind of corpus: how it is opened and what may be said to it."
@@ -152,7 +152,7 @@ add_door(Door('wds', ShardCorpus, 'a .tar or .tar.gz, braces, * or a folder', 'W
 add_door(Door('torchvision', TorchvisionCorpus, 'a name', 'classic sets: ' + ', '.join(TORCHSETS),
               'torchvision:CIFAR10?root=data&split=test', _TORCH))
 
-# %% ../../nbs/data/05_doors.ipynb #e7a66209
+# %% ../../nbs/data/05_doors.ipynb #8612cf4e
 def _exists(text):
     try: return Path(text).expanduser().exists()
     except (OSError, RuntimeError): return False          # a name too long for the disk, an unknown ~user
@@ -170,6 +170,7 @@ def _guess(text):
         if low.endswith(('.csv', '.tsv')): return DOORS[low[-3:]]
         raise BdnbError(f'{text}: not a folder, .csv, .tsv or .tar; say which kind it is, for example csv:{text}')
 
+# %% ../../nbs/data/05_doors.ipynb #8a054071
 def parse_spec(
     spec:str,   # kind:where?option=value&option=value, or a path
 )->tuple:       # (Door, where, {option: value})
@@ -197,6 +198,7 @@ def parse_spec(
         options[name] = _read_option(door.options[name], value, text)
     return door, where, options
 
+# %% ../../nbs/data/05_doors.ipynb #8803e5a8
 def open_corpus(
     spec:str, # kind:where?option=value&option=value, or a path (see `list_corpora`)
 )->Corpus:

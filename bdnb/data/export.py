@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic_folder', 'corpus_to_csv']
 
-# %% ../../nbs/data/06_export.ipynb #e7e3ab74
+# %% ../../nbs/data/06_export.ipynb #3da68149
 import csv, json, os, shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..core import BdnbError, track, write_json
 from .corpus import Corpus
 from .images import BadImage
 
-# %% ../../nbs/data/06_export.ipynb #ad7b0a0e
+# %% ../../nbs/data/06_export.ipynb #7dbac90e
 @contextmanager
 def atomic_folder(
     folder, # the folder to make; it must not exist, or be empty
@@ -37,7 +37,7 @@ def atomic_folder(
             raise BdnbError(f'{folder}: cannot write: {e.strerror or e}') from e
         raise
 
-# %% ../../nbs/data/06_export.ipynb #5e1e0f1a
+# %% ../../nbs/data/06_export.ipynb #69c4347b
 def _said(corpus, i):
     "All captions of sample i, the main one first; [''] without captions."
     if corpus.texts is None: return ['']

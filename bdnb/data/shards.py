@@ -6,7 +6,7 @@
 __all__ = ['SHARD_SUFFIXES', 'IMAGE_BYTES', 'TEXT_BYTES', 'HEADER_BYTES', 'HELD_BYTES', 'PICTURES', 'TEXTS', 'local_file',
            'expand_shards', 'ShardCorpus', 'write_shards']
 
-# %% ../../nbs/data/03_shards.ipynb #6f26475c
+# %% ../../nbs/data/03_shards.ipynb #23758d59
 import gzip, io, json, math, re, tarfile, zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from ..core import BdnbError, atomic_write, did_you_mean, read_json, write_json
 from .corpus import Corpus, MAX_CAPTION, Sample, clean_caption
 from .images import BadImage, load_image
 
-# %% ../../nbs/data/03_shards.ipynb #0c3447e8
+# %% ../../nbs/data/03_shards.ipynb #a2558966
 _SCHEME = re.compile(r'\s*[A-Za-z][A-Za-z0-9+.-]*:')
 SHARD_SUFFIXES = '.tar', '.tar.gz', '.tgz'
 
@@ -60,7 +60,7 @@ def expand_shards(
     if not found: raise BdnbError(f'{pattern}: no shards (.tar, .tar.gz) found')
     return [local_file(p) for p in found]
 
-# %% ../../nbs/data/03_shards.ipynb #d26ff5eb
+# %% ../../nbs/data/03_shards.ipynb #7f9a7016
 IMAGE_BYTES, TEXT_BYTES, HEADER_BYTES = 2**27, 2**20, 2**16     # the largest picture, text and header that are read
 HELD_BYTES = 2**32                                              # what gzipped shards may unpack to, all together
 
@@ -94,7 +94,7 @@ def _unpacked(path):
         else:
             with gzip.GzipFile(fileobj=raw) as f: yield f, HELD_BYTES, True
 
-# %% ../../nbs/data/03_shards.ipynb #8967e746
+# %% ../../nbs/data/03_shards.ipynb #638e57c9
 _DAMAGE = tarfile.TarError, EOFError, OSError, zlib.error, ValueError, OverflowError, RecursionError, MemoryError
 
 def _refuse_name(name):
@@ -135,7 +135,7 @@ def _printable(name):
     name = name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in re.sub(r'^(\./)+', '', name))
 
-# %% ../../nbs/data/03_shards.ipynb #b3b5c37f
+# %% ../../nbs/data/03_shards.ipynb #4adfaa9f
 class _BadSample(BdnbError):
     "A sample that is named and skipped."
 
@@ -173,7 +173,7 @@ def _annotations(files)->tuple: # (main caption, all captions, how many were cut
     key = meta.get('key') if isinstance(meta.get('key'), str) else None
     return main, captions, a + b + sum(cut for _, cut in many), _label(files['cls'] if 'cls' in files else meta.get('label')), key
 
-# %% ../../nbs/data/03_shards.ipynb #ae3cbcf0
+# %% ../../nbs/data/03_shards.ipynb #76aac8b2
 PICTURES, TEXTS = ('jpg', 'jpeg', 'png', 'webp'), ('txt', 'json', 'cls')
 _META = re.compile(r'__[^/]*__($|/)')
 
@@ -205,7 +205,7 @@ def _samples(path, ignored):
     except BdnbError: raise
     except ValueError as e: raise BdnbError(f'{path}: refused: {str(e.args[0]).split(" {")[0].split(" dict")[0]}') from None
 
-# %% ../../nbs/data/03_shards.ipynb #7c57adeb
+# %% ../../nbs/data/03_shards.ipynb #41e195e8
 def _entries(paths, ignored, skipped, notes):
     "One dictionary per usable sample of all shards: shard, base, picture, captions, label, key."
     out, seen, held = [], set(), 0
@@ -230,7 +230,7 @@ def _entries(paths, ignored, skipped, notes):
                             key=key if given is None else _printable(_text(given))[:MAX_CAPTION] or key))
     return out
 
-# %% ../../nbs/data/03_shards.ipynb #55ed6aeb
+# %% ../../nbs/data/03_shards.ipynb #1d10f4ea
 def _agree(entries, skipped, has, what):
     "Keep only the samples that have a field when at least half have it, all of them otherwise: `(entries, present)`."
     have = sum(map(has, entries))
@@ -255,7 +255,7 @@ def _read_classes(path, labels):
     if max(labels, default=0) >= len(names): raise BdnbError(f'{path}: {len(names)} names, but a label is {max(labels)}')
     return names
 
-# %% ../../nbs/data/03_shards.ipynb #7f4b368a
+# %% ../../nbs/data/03_shards.ipynb #892d08fa
 def _stamp(path):
     "What changes when a file is replaced."
     st = path.stat()
@@ -275,7 +275,7 @@ def _table(entries, paths):
     elif labelled and (beside := paths[0].parent/'classes.json').is_file(): classes = _read_classes(beside, labels)
     return entries, classes, labels, *([e[c] for e in entries] if captioned else None for c in ('text', 'captions')), skipped
 
-# %% ../../nbs/data/03_shards.ipynb #2020b35c
+# %% ../../nbs/data/03_shards.ipynb #120105ee
 class ShardCorpus(Corpus):
     """WebDataset shards as a map-style corpus. Never runs, fetches or unpickles anything.
 
@@ -318,36 +318,39 @@ class ShardCorpus(Corpus):
             f.seek(where[0])
             return self._decode(i, f.read(where[1]), size, fit)
 
-    def stream(self,
-               rank:int=0, # this process
-               world_size:int=1, # of so many
-               worker:int=0, # this loader worker of the process
-               workers:int=1, # of so many
-              ):                # an iterator of `Sample`
-        "The samples in the order of the shards, read front to back by webdataset; broken pictures are recorded and skipped."
-        from webdataset import DataPipeline
-        from webdataset.tariterators import group_by_keys, tar_file_expander
-        if not (0 <= rank < world_size and 0 <= worker < workers):
-            raise BdnbError(f'no rank {rank} of {world_size}, worker {worker} of {workers}')
-        labels = None if self.labels is None else self.labels.tolist()
-        me, readers = rank * workers + worker, world_size * workers
-        deal = len(self.shards) >= readers
-        mine = range(len(self.shards))[me::readers] if deal else range(len(self.shards))
-        known = lambda name: _suffix(name)[1] in PICTURES + TEXTS
-        grouped = DataPipeline(partial(self._open_each, mine), partial(tar_file_expander, select_files=known), group_by_keys)
-        found = ((self._at.get((s['__url__'], s['__key__'])), s) for s in grouped)
-        kept = ((i, s[self._where[i][1]]) for i, s in found if i is not None)
-        for i, data in kept if deal else islice(kept, me, None, readers):
-            try: image = self._decode(i, data)
-            except BadImage as e: self._skip(self.keys[i], str(e))
-            else: yield Sample(image, self.keys[i], *(None if c is None else c[i] for c in (labels, self.texts)))
+# %% ../../nbs/data/03_shards.ipynb #da0c5451
+def _open_each(self, shards):
+    "Unpacked shards one after the other, for webdataset."
+    for shard in shards:
+        with _unpacked(self._unchanged(shard)) as (f, *_): yield dict(url=str(self.shards[shard]), stream=f)
 
-    def _open_each(self, shards):
-        "Unpacked shards one after the other, for webdataset."
-        for shard in shards:
-            with _unpacked(self._unchanged(shard)) as (f, *_): yield dict(url=str(self.shards[shard]), stream=f)
+def _stream(self:ShardCorpus,
+            rank:int=0, # this process
+            world_size:int=1, # of so many
+            worker:int=0, # this loader worker of the process
+            workers:int=1, # of so many
+           )->'Iterator[Sample]':  # an iterator of `Sample`
+    "The samples in the order of the shards, read front to back by webdataset; broken pictures are recorded and skipped."
+    from webdataset import DataPipeline
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+    if not (0 <= rank < world_size and 0 <= worker < workers):
+        raise BdnbError(f'no rank {rank} of {world_size}, worker {worker} of {workers}')
+    labels = None if self.labels is None else self.labels.tolist()
+    me, readers = rank * workers + worker, world_size * workers
+    deal = len(self.shards) >= readers
+    mine = range(len(self.shards))[me::readers] if deal else range(len(self.shards))
+    known = lambda name: _suffix(name)[1] in PICTURES + TEXTS
+    grouped = DataPipeline(partial(_open_each, self, mine), partial(tar_file_expander, select_files=known), group_by_keys)
+    found = ((self._at.get((s['__url__'], s['__key__'])), s) for s in grouped)
+    kept = ((i, s[self._where[i][1]]) for i, s in found if i is not None)
+    for i, data in kept if deal else islice(kept, me, None, readers):
+        try: image = self._decode(i, data)
+        except BadImage as e: self._skip(self.keys[i], str(e))
+        else: yield Sample(image, self.keys[i], *(None if c is None else c[i] for c in (labels, self.texts)))
 
-# %% ../../nbs/data/03_shards.ipynb #d0ed0726
+ShardCorpus.stream = _stream
+
+# %% ../../nbs/data/03_shards.ipynb #e141f641
 _FORMATS = {'png': dict(format='PNG'), 'webp': dict(format='WEBP', lossless=True), 'jpg': dict(format='JPEG', quality=95)}
 
 def _encode(image, ext):

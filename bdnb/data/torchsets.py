@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TORCHSETS', 'GTSRB_CLASSES', 'TorchvisionCorpus']
 
-# %% ../../nbs/data/04_torchsets.ipynb #bdc38aaa
+# %% ../../nbs/data/04_torchsets.ipynb #5046b610
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..core import BdnbError, did_you_mean
 from .corpus import Corpus
 from .images import fit_image, load_image
 
-# %% ../../nbs/data/04_torchsets.ipynb #f1a9431d
+# %% ../../nbs/data/04_torchsets.ipynb #1a806470
 _BY_FLAG = dict.fromkeys(['CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST', 'KMNIST', 'USPS'], ('train', 'test'))
 _BY_NAME = dict(GTSRB=('train', 'test'), Flowers102=('train', 'val', 'test'), SVHN=('train', 'test', 'extra'),
                 STL10=('train', 'test', 'unlabeled'), Food101=('train', 'test'), OxfordIIITPet=('trainval', 'test'),
@@ -31,7 +31,7 @@ road work, traffic signals, pedestrians, children crossing, bicycles crossing, i
 crossing, end of all limits, turn right ahead, turn left ahead, ahead only, go straight or right, go straight
 or left, keep right, keep left, roundabout, end of no passing, end of no passing for trucks""".replace('\n', ' ').split(', ')
 
-# %% ../../nbs/data/04_torchsets.ipynb #b9167e7f
+# %% ../../nbs/data/04_torchsets.ipynb #ddd5fdf6
 def _torchset(name, root, split, download):
     "The torchvision data set, or `BdnbError` saying what to do."
     if name not in TORCHSETS: raise BdnbError(f'unknown torchvision data set {name!r}; {did_you_mean(name, TORCHSETS)}')
@@ -61,7 +61,7 @@ def _columns(data, name, root):
     if classes is None: classes = range(10) if name in ('SVHN', 'USPS') else None
     return np.asarray(labels, np.int64), classes and [c[0] if isinstance(c, tuple) else str(c) for c in classes], paths
 
-# %% ../../nbs/data/04_torchsets.ipynb #5e59bba8
+# %% ../../nbs/data/04_torchsets.ipynb #38764c34
 class TorchvisionCorpus(Corpus):
     "A data set of torchvision by name (see `TORCHSETS`). Raises `BdnbError` for an unknown name or split, or when it is missing."
     def __init__(self,
