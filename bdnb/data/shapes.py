@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'GROUNDS', 'SIZES', 'PLACES', 'CAPTIONS', 'sd_polygon', 'signed_distance', 'ShapeCaps']
 
-# %% ../../nbs/data/02_shapes.ipynb #2006cc70
+# %% ../../nbs/data/02_shapes.ipynb #26f6852c
 import re, numpy as np, torch
 from ..core import BdnbError, derive_seed
 from .corpus import ArrayCorpus
 
-# %% ../../nbs/data/02_shapes.ipynb #7443dd5e
+# %% ../../nbs/data/02_shapes.ipynb #e8e89ec4
 def sd_polygon(p, # points, float [..., 2]
                corners, # corners in order, float [V, 2]
                ): # signed distance, float [...]
@@ -24,7 +24,7 @@ def sd_polygon(p, # points, float [..., 2]
         inside ^= ((a[1] > p[..., 1]) != (b[1] > p[..., 1])) & (p[..., 0] < x)
     return torch.where(inside, -dist, dist)
 
-# %% ../../nbs/data/02_shapes.ipynb #4e0d9c04
+# %% ../../nbs/data/02_shapes.ipynb #127c4869
 def _regular(n, radius=.95, inner=None):
     "Corners of a regular polygon (or of a star, when `inner` is the radius of its notches), the first one pointing up."
     k = n if inner is None else 2*n
@@ -40,10 +40,11 @@ def _heart(n=24):
     y = 13*t.cos() - 5*(2*t).cos() - 2*(3*t).cos() - (4*t).cos()
     return torch.stack([x, -y - 2], 1)/16.5
 
-_CROSS = torch.tensor([[-.3,-.95],[.3,-.95],[.3,-.3],[.95,-.3],[.95,.3],[.3,.3],[.3,.95],[-.3,.95],[-.3,.3],[-.95,.3],[-.95,-.3],[-.3,-.3]])
+_CROSS = torch.tensor([[-.3,-.95],[.3,-.95],[.3,-.3],[.95,-.3],[.95,.3],[.3,.3],[.3,.95],[-.3,.95],
+                       [-.3,.3],[-.95,.3],[-.95,-.3],[-.3,-.3]])
 _ARROW = torch.tensor([[0,-.98],[.85,0.],[.28,0.],[.28,.95],[-.28,.95],[-.28,0.],[-.85,0.]])
 
-# %% ../../nbs/data/02_shapes.ipynb #111f8d6a
+# %% ../../nbs/data/02_shapes.ipynb #81ab3702
 _POLYGONS = dict(square=_regular(4, 1.05)@torch.tensor([[.7071, .7071], [-.7071, .7071]]), triangle=_regular(3, 1.05),
                  diamond=_regular(4, 1.)*torch.tensor([.62, 1.]), pentagon=_regular(5), hexagon=_regular(6),
                  star=_regular(5, 1.05, .45), cross=_CROSS, heart=_heart(), arrow=_ARROW)
@@ -60,7 +61,7 @@ def signed_distance(shape, # one of `SHAPES`
     if shape == 'crescent': return torch.maximum(r - .92, .72 - (p - torch.tensor([.42, -.1])).norm(dim=-1))
     raise BdnbError(f"unknown shape '{shape}'; known: {', '.join(SHAPES)}")
 
-# %% ../../nbs/data/02_shapes.ipynb #974641a1
+# %% ../../nbs/data/02_shapes.ipynb #535e2a0c
 COLOURS = dict(red=(214, 48, 49), green=(46, 160, 67), blue=(45, 90, 210), yellow=(240, 205, 50), orange=(240, 130, 40),
                purple=(140, 70, 180), pink=(245, 150, 185), brown=(130, 85, 50), white=(240, 240, 240), black=(25, 25, 30))
 GROUNDS = ['plain', 'striped', 'checked', 'dotted', 'cloudy']
@@ -68,19 +69,20 @@ SIZES, PLACES = ['small', 'medium', 'large'], ['top', 'bottom', 'left', 'right',
 CAPTIONS = ["a {size} {colour} {shape} on a {texture} {ground} ground", "a {colour} {shape}", "a {size} {shape}",
             "a {shape} in {colour} at the {place}", "there is a {shape} on {ground}", "the {place} shows a {colour} {shape}"]
 
-# %% ../../nbs/data/02_shapes.ipynb #afac7afe
+# %% ../../nbs/data/02_shapes.ipynb #a9300cd0
 def _choices(n, seed, split):
     "All random numbers that describe `n` pictures: a dict of arrays of length n."
     g = np.random.default_rng(derive_seed('shapecaps', split, seed))
-    d = dict(shape=g.permutation(np.arange(n) % len(SHAPES)), colour=g.integers(len(COLOURS), size=n), texture=g.integers(len(GROUNDS), size=n),
-             size=g.integers(3, size=n), place=g.integers(5, size=n), pattern=g.integers(len(CAPTIONS), size=n))
+    d = dict(shape=g.permutation(np.arange(n) % len(SHAPES)), colour=g.integers(len(COLOURS), size=n),
+             texture=g.integers(len(GROUNDS), size=n), size=g.integers(3, size=n), place=g.integers(5, size=n),
+             pattern=g.integers(len(CAPTIONS), size=n))
     d['ground'] = (d['colour'] + g.integers(1, len(COLOURS), size=n)) % len(COLOURS)      # never the colour of the shape
     d.update(u=g.random((n, 12)).astype(np.float32), noise=g.integers(2**62, size=n))
     return d
 
 def _grid(size): return torch.stack(torch.meshgrid(*[(torch.arange(size) + .5)/size]*2, indexing='xy'), -1)   # [S, S, 2], 0..1
 
-# %% ../../nbs/data/02_shapes.ipynb #e42ecdf2
+# %% ../../nbs/data/02_shapes.ipynb #9900d533
 def _ground(d, xy, base, u):
     "Textured grounds, float [B, S, S, 3]: the ground's colour, modulated by the texture."
     f = (3 + 4*u[:, 0])[:, None, None]
@@ -93,7 +95,7 @@ def _ground(d, xy, base, u):
     tex = kinds[torch.arange(len(f)), torch.as_tensor(d['texture'])]
     return base[:, None, None]*(1 + .18*tex[..., None])
 
-# %% ../../nbs/data/02_shapes.ipynb #62906780
+# %% ../../nbs/data/02_shapes.ipynb #d5bfb00d
 def _paint(d, size, generator):
     "Paint a chunk of pictures: uint8 [B, 3, S, S]."
     xy, u, B = _grid(size), torch.as_tensor(d['u']), len(d['u'])
@@ -115,7 +117,7 @@ def _paint(d, size, generator):
     img = img*(1 - cover[..., None]) + ink[:, None, None]*cover[..., None]
     return _finish(img, xy, u, generator)
 
-# %% ../../nbs/data/02_shapes.ipynb #79472bf2
+# %% ../../nbs/data/02_shapes.ipynb #9f1a48fa
 def _finish(img, xy, u, generator, noise=.04):
     "Light falling off to one side, one distracting speck, sensor noise; then uint8 [B, 3, S, S]."
     side = (2*np.pi*u[:, 11])[:, None, None]
@@ -126,7 +128,7 @@ def _finish(img, xy, u, generator, noise=.04):
     return (out.clamp(0, 1)*255).round().to(torch.uint8).permute(0, 3, 1, 2).contiguous()
 
 def _captions(d, templated=.5):
-    "One true caption a picture: one of our patterns, or (with probability `templated`) an ImageNet template around the shape's name."
+    "One true caption a picture: one of our patterns or, in the share `templated`, an ImageNet template around the shape."
     from open_clip import OPENAI_IMAGENET_TEMPLATES as templates
     names = dict(shape=SHAPES, colour=list(COLOURS), texture=GROUNDS, size=SIZES, place=PLACES, ground=list(COLOURS))
     said = []
@@ -135,7 +137,7 @@ def _captions(d, templated=.5):
         said.append(templates[int(t*len(templates))](word['shape']) if t < 1 else CAPTIONS[k].format(**word))
     return [re.sub(r'\ba (?=[aeiou])', 'an ', s) for s in said]
 
-# %% ../../nbs/data/02_shapes.ipynb #c628a4fe
+# %% ../../nbs/data/02_shapes.ipynb #b682d634
 def ShapeCaps(n:int=8000, # number of pictures; the twelve shapes come equally often
               size:int=32, # side in pixels, at least 16
               seed:int=0, # the same seed gives the same bytes
@@ -146,5 +148,6 @@ def ShapeCaps(n:int=8000, # number of pictures; the twelve shapes come equally o
     d = _choices(n, seed, split)
     gen = torch.Generator().manual_seed(derive_seed('shapecaps-noise', split, seed))
     images = torch.cat([_paint({k: v[i:i + 500] for k, v in d.items()}, size, gen) for i in range(0, n, 500)])
-    return ArrayCorpus(images, keys=[f'{split}-{seed}-{i:06d}' for i in range(n)], labels=d['shape'].astype(np.int64), texts=_captions(d),
+    keys, labels = [f'{split}-{seed}-{i:06d}' for i in range(n)], d['shape'].astype(np.int64)
+    return ArrayCorpus(images, keys=keys, labels=labels, texts=_captions(d),
                        classes=list(SHAPES), name=f'shapes-{split}-{seed}')

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Residual', 'TinyImageTower', 'TinyCLIP', 'tiny_clip']
 
-# %% ../../nbs/models/00_tiny.ipynb #bd3bde42
+# %% ../../nbs/models/00_tiny.ipynb #99e700b3
 from collections import OrderedDict
 import torch
 from torch import nn
 import torch.nn.functional as F
 
-# %% ../../nbs/models/00_tiny.ipynb #cd6169ad
+# %% ../../nbs/models/00_tiny.ipynb #f8ddecd7
 def _conv(ci, co, norm, stride=1, k=3):
     "Convolution, normalisation, ReLU."
     n = nn.BatchNorm2d(co) if norm == 'batch' else nn.GroupNorm(8, co)
@@ -25,12 +25,12 @@ class Residual(nn.Module):
         self.body = nn.Sequential(_conv(c, c, norm), _conv(c, c, norm))
     def forward(self, x): return x + self.body(x)
 
-# %% ../../nbs/models/00_tiny.ipynb #f882a6f4
+# %% ../../nbs/models/00_tiny.ipynb #08cd7f51
 class TinyImageTower(nn.Module):
     "Float [B, 3, S, S] (normalised) -> float [B, dim]. S is a multiple of 16."
     image_mean, image_std = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)   # CLIP's
     def __init__(self, image_size:int=32, # side of the pictures
-                 width:int=24, # channels of the first stage; the later ones have 2x and 4x
+                 width:int=32, # channels of the first stage; the later ones have 2x and 4x
                  dim:int=128, # of the embedding
                  norm:str='batch'): # 'batch' or 'group'
         super().__init__()
@@ -45,10 +45,10 @@ class TinyImageTower(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)              # a fifth faster on a CPU
         return self.proj(self.centre(self.stage3(self.stage2(self.stage1(self.stem(x)))).amax((2, 3))))
 
-# %% ../../nbs/models/00_tiny.ipynb #08050b65
+# %% ../../nbs/models/00_tiny.ipynb #2438b21d
 class TinyCLIP(nn.Module):
     "A CLIP with open_clip's interface: `visual`, `text`, `logit_scale`, `encode_image`, `encode_text`."
-    def __init__(self, image_size:int=32, width:int=24, dim:int=128, layers:int=2, norm:str='batch'):
+    def __init__(self, image_size:int=32, width:int=32, dim:int=128, layers:int=2, norm:str='batch'):
         super().__init__()
         from open_clip.transformer import TextTransformer
         self.visual = TinyImageTower(image_size, width, dim, norm)
@@ -66,10 +66,10 @@ class TinyCLIP(nn.Module):
         z = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)] @ t.text_projection      # EOT has the highest id
         return F.normalize(z, dim=-1) if normalize else z
 
-# %% ../../nbs/models/00_tiny.ipynb #b539d28d
+# %% ../../nbs/models/00_tiny.ipynb #f4799b0f
 def tiny_clip(image_size:int=32, # side of the pictures, a multiple of 16
               seed:int=0, # of the weights; the global random state is left alone
-              width:int=24, # channels of the first image stage, a multiple of 8
+              width:int=32, # channels of the first image stage, a multiple of 8
               norm:str='batch', # 'batch' or 'group'
              ) -> TinyCLIP:
     "A freshly initialised tiny CLIP."
