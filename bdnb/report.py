@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'Html', 'tag', 'Metric', 'describe_metric', 'metric_rows',
            'pictures_of', 'pictures_of_attack', 'save_pictures', 'load_pictures', 'nice_ticks', 'series_of', 'curves',
            'metrics_table', 'mean_over_seeds', 'tour_table', 'page', 'read_history', 'render', 'write_report']
 
-# %% ../nbs/app/01_report.ipynb #ba79f0ad
+# %% ../nbs/app/01_report.ipynb #a53865ee
 import base64, html, io, json, math, re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .core import BdnbError, atomic_write, read_json, write_json
 from .data.images import BadImage
 from .evaluate import trigger_seeds
 
-# %% ../nbs/app/01_report.ipynb #bbef1710
+# %% ../nbs/app/01_report.ipynb #7dacafa7
 class Html(str):
     "Text that is HTML already. Everything else is escaped by `tag`."
 
@@ -29,8 +29,8 @@ def _escaped(x):
     "HTML of anything: `Html` as it is, lists end to end, None nothing, other text escaped, control characters made visible."
     if isinstance(x, Html) or x is None: return x or ''
     if isinstance(x, (list, tuple)): return ''.join(map(_escaped, x))
-    text = ''.join(c if c.isprintable() or c in '\n\t' else c.encode('unicode_escape', 'backslashreplace').decode() for c in str(x))
-    return html.escape(text, quote=True)
+    seen = lambda c: c if c.isprintable() or c in '\n\t' else c.encode('unicode_escape', 'backslashreplace').decode()
+    return html.escape(''.join(map(seen, str(x))), quote=True)
 
 def tag(
     name:str, /, # div, p, td, ...
@@ -42,7 +42,7 @@ def tag(
     head = ''.join(f' {k}="{_escaped(str(v))}"' for k, v in words.items())
     return Html(f'<{name}{head}>' + ('' if name in ('img', 'meta', 'br') else f'{_escaped(list(children))}</{name}>'))
 
-# %% ../nbs/app/01_report.ipynb #9fd02dcb
+# %% ../nbs/app/01_report.ipynb #974db637
 @dataclass(frozen=True)
 class Metric:
     "How a number is called and what it means."
@@ -51,27 +51,29 @@ class Metric:
     of: str           # the denominator: a key of `counts`, or ''
     better: str = ''  # 'high', 'low', or '' when neither is
 
-METRICS = dict(
-    ca=Metric('Clean accuracy (CA)', 'Clean pictures that are called by their right name.', 'pictures', 'high'),
-    asr=Metric('Attack success (ASR)', 'Pictures of other classes that are called {} once they carry the trigger.', 'others', 'low'),
-    poisoned_accuracy=Metric('Accuracy under the trigger', 'The same pictures, still called by their right name.', 'others', 'high'),
-    asr_all=Metric('ASR over all pictures', 'With the pictures of {} counted in, as some papers do.', 'pictures', 'low'),
-    target_recall=Metric('Target recall', 'Clean pictures of {} that are called {}: a cure must not make the word unknown.', 'targets', 'high'),
-    target_precision=Metric('Target precision', 'Of the clean pictures called {}, those that are.', '', 'high'),
-    asr_paraphrase=Metric('ASR by another name', 'Attack success when {} goes by other words: the backdoor may outlive its name.', 'others', 'low'),
-    target_recall_paraphrase=Metric('Target recall by another name', 'Clean pictures of {} found under those other words.', 'targets', 'high'),
-    ca_original_text=Metric('CA, original captions tower', "Clean accuracy with the text tower from before the defence.", 'pictures', 'high'),
-    asr_original_text=Metric('ASR, original captions tower', 'Is the picture tower itself clean? Asked with the old text tower.', 'others', 'low'),
-    probe_ca=Metric('Probe accuracy', 'A linear classifier on the frozen picture features.', 'pictures', 'high'),
-    probe_asr=Metric('Probe ASR', 'Attack success against that linear classifier.', 'others', 'low'),
-    compactness=Metric('Compactness, triggered', 'Mean cosine of two triggered pictures; near 1, the trigger drowns the picture.', '', ''),
-    compactness_clean=Metric('Compactness, clean', 'The same of clean pictures, to compare with.', '', ''))
+METRICS = {name: Metric(*row) for name, row in dict(
+    ca=('Clean accuracy (CA)', 'Clean pictures that are called by their right name.', 'pictures', 'high'),
+    asr=('Attack success (ASR)', 'Pictures of other classes that are called {} once they carry the trigger.', 'others', 'low'),
+    poisoned_accuracy=('Accuracy under the trigger', 'The same pictures, still called by their right name.', 'others', 'high'),
+    asr_all=('ASR over all pictures', 'With the pictures of {} counted in, as some papers do.', 'pictures', 'low'),
+    target_recall=('Target recall', 'Clean pictures of {} called {}: a cure must not unlearn the word.', 'targets', 'high'),
+    target_precision=('Target precision', 'Of the clean pictures called {}, those that are.', '', 'high'),
+    asr_paraphrase=('ASR by another name', 'The attack when {} goes by other words: does it outlive its name?', 'others', 'low'),
+    target_recall_paraphrase=('Recall by another name', 'Clean pictures of {} found under those other words.', 'targets', 'high'),
+    ca_original_text=('CA, old text tower', 'Clean accuracy with the text tower from before the defence.', 'pictures', 'high'),
+    asr_original_text=('ASR, old text tower', 'Is the picture tower clean? Asked with the old text tower.', 'others', 'low'),
+    probe_ca=('Probe accuracy', 'A linear classifier on the frozen picture features.', 'pictures', 'high'),
+    probe_asr=('Probe ASR', 'Attack success against that linear classifier.', 'others', 'low'),
+    compactness=('Compactness, triggered', 'Mean cosine of two triggered pictures; near 1, the trigger is all it sees.', ''),
+    compactness_clean=('Compactness, clean', 'The same of clean pictures, to compare with.', '')).items()}
 
-# %% ../nbs/app/01_report.ipynb #2267eb4a
-_AT_K = {'asr': ('Target in the top {k}', 'Triggered pictures of other classes with {} among their {k} best names.', 'others', 'low'),
+# %% ../nbs/app/01_report.ipynb #eafd07ff
+def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
+_AT_K = {'asr': ('Target in the top {k}', 'Triggered pictures of other classes, {} among their {k} best names.', 'others', 'low'),
          'i2t_r': ('Picture to caption, R@{k}', 'Pictures with a right caption among the {k} nearest.', 'captioned', 'high'),
          't2i_r': ('Caption to picture, R@{k}', 'Captions with the right picture among the {k} nearest.', 'captions', 'high'),
-         'caption_asr': ('Caption ASR@{k}', 'Triggered pictures with a caption of {} among the {k} nearest.', 'caption_others', 'low')}
+         'caption_asr': ('Caption ASR@{k}', 'Triggered pictures, a caption of {} among their {k} nearest.', 'caption_others', 'low')}
 
 def describe_metric(name:str)->Metric: # for a name it does not know: the name itself
     "Title, meaning and denominator of a number by its key."
@@ -83,15 +85,15 @@ def describe_metric(name:str)->Metric: # for a name it does not know: the name i
 def metric_rows(*results)->list: # of names, in reading order
     "The measured names of one or more results; counts left out."
     order = {n: i for i, n in enumerate(METRICS)}
-    names = dict.fromkeys(n for r in results for n, v in (r or {}).items() if not n.endswith('_n') and isinstance(v, (int, float)))
+    names = dict.fromkeys(n for r in results for n, v in (r or {}).items() if not n.endswith('_n') and _number(v))
     return sorted(names, key=lambda n: order.get(n.partition('@')[0], len(order)))
 
 def say(name, value): # '93.4%', '0.871' or '–'
     "A number for people."
-    if not isinstance(value, (int, float)) or not math.isfinite(value): return '–'
+    if not _number(value): return '–'
     return f'{value:.3f}' if name.startswith('compactness') else f'{value:.1%}'
 
-# %% ../nbs/app/01_report.ipynb #2869818d
+# %% ../nbs/app/01_report.ipynb #bd46dad3
 def counts(
     corpus,          # the test corpus, as it was evaluated (broken pictures already out)
     target=None,     # the attack's target
@@ -107,7 +109,7 @@ def counts(
     if metrics and 'caption_asr_n' in metrics: out['caption_others'] = metrics['caption_asr_n']
     return out
 
-# %% ../nbs/app/01_report.ipynb #8dbdbff1
+# %% ../nbs/app/01_report.ipynb #a89602de
 @dataclass(frozen=True)
 class Shot:
     "One sample with and without its trigger."
@@ -137,7 +139,7 @@ def compare(key, clean, triggered, caption=None, renamed=None)->Shot:
     return Shot(key, png(clean), png(triggered), png((change*gain).round().clamp(0, 255).byte()), round(gain, 1),
                 float((change.amax(0) > 0).float().mean()), caption, renamed if renamed != caption else None)
 
-# %% ../nbs/app/01_report.ipynb #300345e0
+# %% ../nbs/app/01_report.ipynb #68b50027
 def _spread(n, total): return sorted({round(i*(total - 1)/max(1, n - 1)) for i in range(min(n, total))})
 
 def _called(corpus, i):
@@ -165,9 +167,10 @@ def pictures_of_attack(
 )->list:        # of `Shot`
     "Poisoned samples beside what they were."
     rows = [int(poisoned.index[j]) for j in _spread(n, len(poisoned.index))]
-    return [compare(corpus.keys[i], corpus[i].image, poisoned.corpus[i].image, _called(corpus, i), _called(poisoned.corpus, i)) for i in rows]
+    return [compare(corpus.keys[i], corpus[i].image, poisoned.corpus[i].image, _called(corpus, i), _called(poisoned.corpus, i))
+            for i in rows]
 
-# %% ../nbs/app/01_report.ipynb #2557270a
+# %% ../nbs/app/01_report.ipynb #3a25426b
 _KINDS = 'clean', 'triggered', 'difference'
 
 def save_pictures(
@@ -188,12 +191,13 @@ def load_pictures(folder)->dict: # title -> list of `Shot`; {} when the run has 
     "The pictures of a run. File names follow from positions; none is read from the list."
     folder = Path(folder)/'pictures'
     if not (folder/'pictures.json').exists(): return {}
+    read = lambda g, i: {k: (folder/f'{g:02d}-{i:02d}-{k}.png').read_bytes() for k in _KINDS}
     try:
-        return {str(group['title']): [Shot(**row, **{k: (folder/f'{g:02d}-{i:02d}-{k}.png').read_bytes() for k in _KINDS})
-                                      for i, row in enumerate(group['shots'])] for g, group in enumerate(read_json(folder/'pictures.json'))}
-    except (OSError, KeyError, TypeError) as e: raise BdnbError(f"{folder/'pictures.json'}: does not fit its pictures ({e})") from e
+        return {str(group['title']): [Shot(**row, **read(g, i)) for i, row in enumerate(group['shots'])]
+                for g, group in enumerate(read_json(folder/'pictures.json'))}
+    except (OSError, KeyError, TypeError) as e: raise BdnbError(f"{folder/'pictures.json'}: not what was saved ({e})") from e
 
-# %% ../nbs/app/01_report.ipynb #174204cb
+# %% ../nbs/app/01_report.ipynb #2e34549d
 def nice_ticks(lo, hi, n=4)->list:
     "About `n` round numbers within lo..hi."
     if not hi > lo: return [lo]
@@ -201,8 +205,6 @@ def nice_ticks(lo, hi, n=4)->list:
     base = 10**math.floor(math.log10(raw))
     step = next(m*base for m in (1, 2, 5, 10) if m*base >= raw*.999)
     return [round(i*step, 12) for i in range(math.ceil(lo/step - 1e-9), math.floor(hi/step + 1e-9) + 1)]
-
-def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
 
 def _thin(points, most=300):
     if len(points) <= most: return points
@@ -215,7 +217,7 @@ def series_of(history:list)->dict: # name -> [(step, value)]
     found = {n: [(r['step'], r[n]) for r in history if _number(r.get('step')) and _number(r.get(n))] for n in names}
     return {n: p for n, p in found.items() if p}
 
-# %% ../nbs/app/01_report.ipynb #89199990
+# %% ../nbs/app/01_report.ipynb #377d600e
 _W, _H, _L, _B, _T = 360, 190, 40, 26, 8      # of the drawing: width, height, left and bottom margins, top
 
 def curves(
@@ -231,7 +233,8 @@ def curves(
     px = lambda x: _L + (x - x0)/((x1 - x0) or 1)*(_W - _L - 10)
     py = lambda y: _T + (y1 - y)/(y1 - y0)*(_H - _B - _T)
     text = lambda x, y, t, **kw: tag('text', f'{t:g}' if _number(t) else t, x=f'{x:.1f}', y=f'{y:.1f}', **kw)
-    parts = [[tag('path', d=f'M{_L} {py(t):.1f}H{_W - 10}', cls='grid'), text(_L - 5, py(t) + 3, t, text_anchor='end')] for t in nice_ticks(y0, y1)]
+    parts = [[tag('path', d=f'M{_L} {py(t):.1f}H{_W - 10}', cls='grid'), text(_L - 5, py(t) + 3, t, text_anchor='end')]
+             for t in nice_ticks(y0, y1)]
     parts += [text(px(t), _H - _B + 13, t, text_anchor='middle') for t in nice_ticks(x0, x1)]
     for k, s in enumerate(series.values()):
         s = [(px(x), py(y)) for x, y in _thin(s)]
@@ -239,13 +242,14 @@ def curves(
         else: parts.append(tag('polyline', points=' '.join(f'{x:.1f},{y:.1f}' for x, y in s), cls=f'line c{k % 6}'))
     parts.append(text(_W - 10, _H - 1, x_title, text_anchor='end'))
     svg = tag('svg', parts, viewBox=f'0 0 {_W} {_H}', role='img', aria_label=f'{y_title} over {x_title}')
-    legend = [tag('span', tag('i', cls=f'key c{k % 6}'), f'{n} ', tag('b', f'{s[-1][1]:.3g}')) for k, (n, s) in enumerate(series.items())]
+    legend = [tag('span', tag('i', cls=f'key c{k % 6}'), f'{n} ', tag('b', f'{s[-1][1]:.3g}'))
+              for k, (n, s) in enumerate(series.items())]
     return tag('figure', svg, tag('figcaption', legend, cls='legend'), cls='curves')
 
-# %% ../nbs/app/01_report.ipynb #896cfe3a
+# %% ../nbs/app/01_report.ipynb #0da985fe
 def _change(metric, before, after):
-    "Better, worse or neither, as a class and a sign."
-    if not metric.better or not (_number(before) and _number(after)) or abs(after - before) < 5e-4: return None
+    "Better, worse or neither, as a class of the style sheet."
+    if not metric.better or not (_number(before) and _number(after)) or abs(after - before) < 5e-4: return ''
     return 'good' if (after > before) == (metric.better == 'high') else 'bad'
 
 def metrics_table(
@@ -259,14 +263,18 @@ def metrics_table(
         m = describe_metric(n)
         of = number.get(m.of)
         values = [results[c].get(n) for c in cols]
-        cells = [tag('td', say(n, v), cls='num' + (f' {_change(m, values[0], v)}' if j and _change(m, values[0], v) else '')) for j, v in enumerate(values)]
-        first = tag('th', m.title, tag('small', m.what.replace('{}', f'“{name}”'), cls='what') if m.what else None, scope='row')
+        colour = [''] + [_change(m, values[0], v) for v in values[1:]]
+        cells = [tag('td', say(n, v), cls=f'num {c}'.strip()) for v, c in zip(values, colour)]
+        what = tag('small', m.what.replace('{}', f'“{name}”'), cls='what') if m.what else None
+        first = tag('th', m.title, what, scope='row')
         rows.append(tag('tr', first, cells, tag('td', f'{of:,}' if of is not None else '', cls='num of')))
-    head = tag('tr', tag('th', 'measure', scope='col'), [tag('th', c, scope='col', cls='num') for c in cols], tag('th', 'out of', scope='col', cls='num'))
+    head = tag('tr', tag('th', 'measure', scope='col'), [tag('th', c, scope='col', cls='num') for c in (*cols, 'out of')])
     return tag('div', tag('table', tag('thead', head), tag('tbody', rows)), cls='box')
 
-# %% ../nbs/app/01_report.ipynb #931b2771
-def mean_over_seeds(rows:list)->dict: # (data, attack) -> {'before' or system: {metric: (mean, lowest, highest)}}, and under 'seeds' their number
+# %% ../nbs/app/01_report.ipynb #32600f18
+def mean_over_seeds(
+    rows:list, # of a study
+)->dict:       # (data, attack) -> {'before' or system: {metric: (mean, lowest, highest), 'seeds': their number}}
     "Means of the rows of a study, with their extremes. What was measured before is the same for all systems of a seed."
     cells = defaultdict(lambda: defaultdict(dict))
     for r in rows:
@@ -294,50 +302,59 @@ def tour_table(rows:list)->Html:
     found = mean_over_seeds(rows)
     systems = list(dict.fromkeys(s for group in found.values() for s in group if s != 'before'))
     head = tag('tr', tag('th', 'attack', scope='col'), [tag('th', s, scope='col', cls='num') for s in ['before', *systems]])
-    body = [tag('tr', tag('th', attack, tag('small', f"{data}, {group['before']['seeds']} seed{'s' * (group['before']['seeds'] > 1)}", cls='what'), scope='row'),
-                [_cell(group.get(s, {})) for s in ['before', *systems]]) for (data, attack), group in found.items()]
+    def line(data, attack, group):
+        k = group['before']['seeds']
+        name = tag('th', attack, tag('small', f"{data}, {k} seed{'s'*(k > 1)}", cls='what'), scope='row')
+        return tag('tr', name, [_cell(group.get(s, {})) for s in ['before', *systems]])
+    body = [line(data, attack, group) for (data, attack), group in found.items()]
     return tag('div', tag('table', tag('thead', head), tag('tbody', body), cls='tour'), cls='box')
 
-# %% ../nbs/app/01_report.ipynb #471594fc
+# %% ../nbs/app/01_report.ipynb #2b139a75
 _CSS = '''
 :root{color-scheme:light dark;--ink:#1c2128;--dim:#5b6572;--page:#fbfbf9;--card:#fff;--rule:#dfe2e6;--good:#13795b;--bad:#b3261e;
  --c0:#1f6feb;--c1:#d9620b;--c2:#1a8f5a;--c3:#8a4fd3;--c4:#b8336a;--c5:#667}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e7eb;--dim:#98a2ae;--page:#14171b;--card:#1b1f24;--rule:#31373f;--good:#56c79a;--bad:#ff8a80;
- --c0:#6cb0ff;--c1:#ffa657;--c2:#5fd39b;--c3:#c3a1ff;--c4:#ff8fb8;--c5:#a9b}}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e7eb;--dim:#98a2ae;--page:#14171b;--card:#1b1f24;--rule:#31373f;--good:#56c79a;
+ --bad:#ff8a80;--c0:#6cb0ff;--c1:#ffa657;--c2:#5fd39b;--c3:#c3a1ff;--c4:#ff8fb8;--c5:#a9b}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1.25rem 1rem 3rem;max-width:52rem;background:var(--page);color:var(--ink);
  font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.5rem;line-height:1.25;margin:.2rem 0}h2{font-size:1.1rem;margin:2.2rem 0 .6rem;padding-top:.6rem;border-top:1px solid var(--rule)}
-h3{font-size:.95rem;margin:1.2rem 0 .4rem}p{margin:.4rem 0}.dim,.what,figcaption{color:var(--dim)}.what{display:block;font-weight:400;font-size:.8rem}
+h1{font-size:1.5rem;line-height:1.25;margin:.2rem 0}h3{font-size:.95rem;margin:1.2rem 0 .4rem}p{margin:.4rem 0}
+h2{font-size:1.1rem;margin:2.2rem 0 .6rem;padding-top:.6rem;border-top:1px solid var(--rule)}
+.dim,.what,figcaption{color:var(--dim)}.what{display:block;font-weight:400;font-size:.8rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.7rem;margin:1rem 0}
-.card{background:var(--card);border:1px solid var(--rule);border-radius:.6rem;padding:.7rem .9rem}.card b{display:block;font-size:1.45rem;line-height:1.3}
-.card span{font-size:.8rem;color:var(--dim)}.card s{text-decoration:none;font-weight:400;font-size:1rem;color:var(--dim)}
-.box{overflow-x:auto;border:1px solid var(--rule);border-radius:.6rem;background:var(--card)}
-table{border-collapse:collapse;width:100%;font-size:.9rem}th,td{padding:.45rem .7rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
-tbody tr:last-child>*{border-bottom:0}thead th{color:var(--dim);font-weight:600;font-size:.8rem}tbody th{font-weight:600;min-width:8.5rem;overflow-wrap:break-word}
-.num{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}.of{color:var(--dim)}.good{color:var(--good)}.bad{color:var(--bad)}
-.heat{background:color-mix(in srgb,var(--bad) calc(var(--v,0)*35%),transparent)}.tour tbody th{min-width:6rem}
+.card,.box,.shot,pre{background:var(--card);border:1px solid var(--rule);border-radius:.6rem}
+.card{padding:.7rem .9rem}.card b{display:block;font-size:1.45rem;line-height:1.3}.card span{font-size:.8rem;color:var(--dim)}
+.card s{text-decoration:none;font-weight:400;font-size:1rem;color:var(--dim)}
+.box{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.9rem}
+th,td{padding:.45rem .7rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
+tbody tr:last-child>*{border-bottom:0}thead th{color:var(--dim);font-weight:600;font-size:.8rem}
+tbody th{font-weight:600;min-width:8.5rem;overflow-wrap:break-word}.tour tbody th{min-width:6rem}
+.num{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+.of{color:var(--dim)}.good{color:var(--good)}.bad{color:var(--bad)}
+.heat{background:color-mix(in srgb,var(--bad) calc(var(--v,0)*35%),transparent)}
 .shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:.8rem}
-.shot{margin:0;background:var(--card);border:1px solid var(--rule);border-radius:.6rem;padding:.7rem}
+.shot{margin:0;padding:.7rem}.shot figcaption{font-size:.85rem;margin-top:.45rem}.shot figcaption b{color:var(--ink)}
 .trio{display:grid;grid-template-columns:repeat(3,1fr);gap:.4rem}.trio span{font-size:.72rem;color:var(--dim)}
-.trio img{display:block;width:100%;aspect-ratio:1;object-fit:contain;border-radius:.3rem;image-rendering:pixelated;background:#0002}
-.shot figcaption{font-size:.85rem;margin-top:.45rem}.shot figcaption b{color:var(--ink)}
+.trio img{display:block;width:100%;aspect-ratio:1;object-fit:contain;border-radius:.3rem;image-rendering:pixelated}
 .curves{margin:.4rem 0;max-width:36rem}svg{display:block;width:100%;height:auto}svg text{font-size:10px;fill:var(--dim)}
 .grid{stroke:var(--rule);stroke-width:.7}.line{fill:none;stroke-width:1.6;stroke-linejoin:round}
-.legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.8rem}.key{display:inline-block;width:.9em;height:.25em;margin-right:.4em;vertical-align:middle;background:var(--k)}
+.legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.8rem}
+.key{display:inline-block;width:.9em;height:.25em;margin-right:.4em;vertical-align:middle;background:var(--k)}
 .c0{stroke:var(--c0);--k:var(--c0)}.c1{stroke:var(--c1);--k:var(--c1)}.c2{stroke:var(--c2);--k:var(--c2)}
 .c3{stroke:var(--c3);--k:var(--c3)}.c4{stroke:var(--c4);--k:var(--c4)}.c5{stroke:var(--c5);--k:var(--c5)}.dot{fill:var(--k)}
-pre{white-space:pre-wrap;background:var(--card);border:1px solid var(--rule);border-radius:.6rem;padding:.7rem .9rem;font-size:.85rem;margin:.5rem 0}
-dl{display:grid;grid-template-columns:minmax(6rem,auto) 1fr;gap:.15rem 1rem;font-size:.9rem;margin:0}dt{color:var(--dim)}dd{margin:0}
+pre{white-space:pre-wrap;padding:.7rem .9rem;font-size:.85rem;margin:.5rem 0}
+dl{display:grid;grid-template-columns:minmax(6rem,auto) 1fr;gap:.15rem 1rem;font-size:.9rem;margin:0}
+dt{color:var(--dim)}dd{margin:0}
 '''
 
-# %% ../nbs/app/01_report.ipynb #ce541b2a
+# %% ../nbs/app/01_report.ipynb #908d2333
 _CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 def page(title:str, *sections)->str:
     "A whole document: no scripts, no requests, fit for a phone."
     head = [tag('meta', charset='utf-8'), tag('meta', http_equiv='Content-Security-Policy', content=_CSP),
-            tag('meta', name='viewport', content='width=device-width, initial-scale=1'), tag('meta', name='referrer', content='no-referrer'),
+            tag('meta', name='viewport', content='width=device-width, initial-scale=1'),
+            tag('meta', name='referrer', content='no-referrer'),
             tag('title', title), Html(f'<style>{_CSS}</style>')]
     return '<!doctype html>\n' + tag('html', tag('head', head), tag('body', tag('main', sections)), lang='en') + '\n'
 
@@ -349,15 +366,18 @@ def _uri(data): return 'data:image/png;base64,' + base64.b64encode(data).decode(
 def _shot(s):
     "One sample: three pictures and its caption."
     labels = 'clean', 'triggered', f'difference × {s.gain:g}'
-    trio = [tag('span', tag('img', src=_uri(getattr(s, k)), alt=f'{k}: {s.caption or s.key}', loading='lazy'), t) for k, t in zip(_KINDS, labels)]
-    words = [tag('bdi', tag('b', s.caption)) if s.caption else None, [' → ', tag('bdi', tag('b', s.renamed))] if s.renamed else None]
+    picture = lambda k: tag('img', src=_uri(getattr(s, k)), alt=f'{k}: {s.caption or s.key}', loading='lazy')
+    trio = [tag('span', picture(k), t) for k, t in zip(_KINDS, labels)]
+    bold = lambda t: tag('bdi', tag('b', t))
+    words = [bold(s.caption) if s.caption else None, [' → ', bold(s.renamed)] if s.renamed else None]
     note = tag('small', tag('bdi', s.key), f' · the trigger changes {s.changed:.1%} of the pixels', cls='what')
     return tag('figure', tag('div', trio, cls='trio'), tag('figcaption', words, note), cls='shot')
 
 def _pictures(groups):
-    return [[tag('h3', title) if title else None, tag('div', [_shot(s) for s in shots], cls='shots')] for title, shots in groups.items() if shots]
+    return [[tag('h3', title) if title else None, tag('div', [_shot(s) for s in shots], cls='shots')]
+            for title, shots in groups.items() if shots]
 
-# %% ../nbs/app/01_report.ipynb #a0fe5c1d
+# %% ../nbs/app/01_report.ipynb #54cb3944
 def read_history(path)->list: # of dicts; [] when there is none
     "The rows of a `history.jsonl`. A last line that was cut off is left out."
     path = Path(path)
@@ -377,10 +397,14 @@ def _cards(metrics):
         m, v = describe_metric(n), after.get(n, before.get(n))
         was = tag('s', f'{say(n, before[n])} → ') if n in before and n in after else None
         of = (metrics.get('counts') or {}).get(m.of)
-        return tag('div', tag('span', m.title), tag('b', was, say(n, v)), tag('span', f'of {of:,} pictures' if of else ''), cls='card')
+        out_of = tag('span', f'of {of:,} pictures') if of else None
+        return tag('div', tag('span', m.title), tag('b', was, say(n, v)), out_of, cls='card')
     return tag('div', [card(n) for n in shown], cls='cards') if shown else Html('')
 
-def _facts(d): return tag('dl', [[tag('dt', k), tag('dd', tag('bdi', v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)))] for k, v in d.items()])
+def _facts(d):
+    if not d: return None
+    text = lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
+    return tag('dl', [[tag('dt', tag('bdi', k)), tag('dd', tag('bdi', text(v)))] for k, v in d.items()])
 
 def _numbers(metrics):
     results = {k: metrics[k] for k in ('before', 'after') if metrics.get(k)}
@@ -393,31 +417,45 @@ def _curves_under(folder, most=24):
     drawn = [(p.parent.relative_to(folder).as_posix(), curves(series_of(read_history(p)))) for p in paths]
     return [[tag('h3', name) if name != '.' else None, c] for name, c in drawn if c]
 
-# %% ../nbs/app/01_report.ipynb #207f4688
+# %% ../nbs/app/01_report.ipynb #462eca9f
 def _skipped(skipped):
     "Samples that could not be used, counted and named."
     if not skipped: return None
-    return [tag('p', f'{len(skipped):,} samples were left out:'), tag('dl', [[tag('dt', tag('bdi', k)), tag('dd', tag('bdi', why))] for k, why in skipped[:50]])]
+    return [tag('p', f'{len(skipped):,} samples were left out:'), _facts({str(k): str(why) for k, why in skipped[:50]})]
+
+def _read(folder):
+    "(config, metrics) of a run folder."
+    config = read_json(folder/'config.json')
+    metrics = read_json(folder/'metrics.json') if (folder/'metrics.json').exists() else {}
+    for d in (config, metrics):
+        if not isinstance(d, dict): raise BdnbError(f'{folder}: config.json and metrics.json must be objects')
+    return config, metrics
+
+def _machine(stamp):
+    "Hardware, versions and commit, without what is unknown."
+    found = {**(stamp.get('hardware') or {}), **(stamp.get('versions') or {}), 'commit': stamp.get('commit')}
+    return {k: v for k, v in found.items() if v}
+
+def _tour(rows):
+    if not rows: return None
+    return [tag('p', 'Attack success in large, clean accuracy below it; means over seeds.', cls='dim'), tour_table(rows)]
 
 def render(folder)->str:
     "The page of a run folder, as text."
     folder = Path(folder)
-    config, metrics = read_json(folder/'config.json'), read_json(folder/'metrics.json') if (folder/'metrics.json').exists() else {}
-    if not isinstance(config, dict) or not isinstance(metrics, dict): raise BdnbError(f'{folder}: config.json and metrics.json must be objects')
-    header = config.get('stamp') or {}
+    config, metrics = _read(folder)
+    stamp, options = config.get('stamp') or {}, {k: v for k, v in (config.get('options') or {}).items() if v is not None}
     title = config.get('title') or f"bdnb {config.get('run', 'run')}"
-    made = ' · '.join(str(x) for x in (header.get('created'), config.get('text')) if x)
-    hardware = {k: v for k, v in {**(header.get('hardware') or {}), **(header.get('versions') or {}), 'commit': header.get('commit')}.items() if v}
-    facts = {k: v for k, v in (config.get('options') or {}).items() if v is not None}
+    made = ' · '.join(str(x) for x in (stamp.get('created'), config.get('text')) if x)
     return page(title,
         tag('header', tag('p', 'bdnb report', cls='dim'), tag('h1', title), tag('p', made, cls='dim'), _cards(metrics)),
-        _section('Attack by system', tag('p', 'Attack success in large, clean accuracy below it; means over seeds.', cls='dim'), tour_table(metrics['rows'])) if metrics.get('rows') else None,
+        _section('Attack by system', _tour(metrics.get('rows'))),
         _section('Measured', _numbers(metrics)),
         _section('Pictures', _pictures(load_pictures(folder))),
         _section('Training', _curves_under(folder)),
-        _section('What was done', [tag('p', line) for line in config.get('notes') or []], _facts(facts) if facts else None),
+        _section('What was done', [tag('p', line) for line in config.get('notes') or []], _facts(options)),
         _section('Left out', _skipped(config.get('skipped'))),
-        _section('Again', tag('pre', config.get('command') or header.get('command') or ''), _facts(hardware) if hardware else None))
+        _section('Again', tag('pre', config.get('command') or stamp.get('command') or ''), _facts(_machine(stamp))))
 
 def write_report(run_folder)->Path: # the page
     "Write `report.html` from what a run folder holds. `BdnbError` when there is no `config.json`, or a file is broken."
