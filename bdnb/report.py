@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'Html', 'tag', 'Metric', 'describe_metric', 'metric_rows',
            'pictures_of', 'pictures_of_attack', 'save_pictures', 'load_pictures', 'nice_ticks', 'series_of', 'curves',
            'metrics_table', 'mean_over_seeds', 'tour_table', 'page', 'read_history', 'render', 'write_report']
 
-# %% ../nbs/app/01_report.ipynb #a53865ee
+# %% ../nbs/app/01_report.ipynb #b9f7ea06
 import base64, html, io, json, math, re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .core import BdnbError, atomic_write, read_json, write_json
 from .data.images import BadImage
 from .evaluate import trigger_seeds
 
-# %% ../nbs/app/01_report.ipynb #7dacafa7
+# %% ../nbs/app/01_report.ipynb #79c45f3d
 class Html(str):
     "Text that is HTML already. Everything else is escaped by `tag`."
 
@@ -42,7 +42,7 @@ def tag(
     head = ''.join(f' {k}="{_escaped(str(v))}"' for k, v in words.items())
     return Html(f'<{name}{head}>' + ('' if name in ('img', 'meta', 'br') else f'{_escaped(list(children))}</{name}>'))
 
-# %% ../nbs/app/01_report.ipynb #974db637
+# %% ../nbs/app/01_report.ipynb #f582ba8c
 @dataclass(frozen=True)
 class Metric:
     "How a number is called and what it means."
@@ -67,13 +67,13 @@ METRICS = {name: Metric(*row) for name, row in dict(
     compactness=('Compactness, triggered', 'Mean cosine of two triggered pictures; near 1, the trigger is all it sees.', ''),
     compactness_clean=('Compactness, clean', 'The same of clean pictures, to compare with.', '')).items()}
 
-# %% ../nbs/app/01_report.ipynb #eafd07ff
+# %% ../nbs/app/01_report.ipynb #ae2628d7
 def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
 
 _AT_K = {'asr': ('Target in the top {k}', 'Triggered pictures of other classes, {} among their {k} best names.', 'others', 'low'),
          'i2t_r': ('Picture to caption, R@{k}', 'Pictures with a right caption among the {k} nearest.', 'captioned', 'high'),
          't2i_r': ('Caption to picture, R@{k}', 'Captions with the right picture among the {k} nearest.', 'captions', 'high'),
-         'caption_asr': ('Caption ASR@{k}', 'Triggered pictures, a caption of {} among their {k} nearest.', 'caption_others', 'low')}
+         'caption_asr': ('Caption ASR@{k}', 'Triggered pictures with one of {} among the {k} nearest.', 'caption_others', 'low')}
 
 def describe_metric(name:str)->Metric: # for a name it does not know: the name itself
     "Title, meaning and denominator of a number by its key."
@@ -93,7 +93,7 @@ def say(name, value): # '93.4%', '0.871' or '–'
     if not _number(value): return '–'
     return f'{value:.3f}' if name.startswith('compactness') else f'{value:.1%}'
 
-# %% ../nbs/app/01_report.ipynb #bd46dad3
+# %% ../nbs/app/01_report.ipynb #4de50277
 def counts(
     corpus,          # the test corpus, as it was evaluated (broken pictures already out)
     target=None,     # the attack's target
@@ -109,7 +109,7 @@ def counts(
     if metrics and 'caption_asr_n' in metrics: out['caption_others'] = metrics['caption_asr_n']
     return out
 
-# %% ../nbs/app/01_report.ipynb #a89602de
+# %% ../nbs/app/01_report.ipynb #3b4e8873
 @dataclass(frozen=True)
 class Shot:
     "One sample with and without its trigger."
@@ -139,7 +139,7 @@ def compare(key, clean, triggered, caption=None, renamed=None)->Shot:
     return Shot(key, png(clean), png(triggered), png((change*gain).round().clamp(0, 255).byte()), round(gain, 1),
                 float((change.amax(0) > 0).float().mean()), caption, renamed if renamed != caption else None)
 
-# %% ../nbs/app/01_report.ipynb #68b50027
+# %% ../nbs/app/01_report.ipynb #a38e814d
 def _spread(n, total): return sorted({round(i*(total - 1)/max(1, n - 1)) for i in range(min(n, total))})
 
 def _called(corpus, i):
@@ -170,7 +170,7 @@ def pictures_of_attack(
     return [compare(corpus.keys[i], corpus[i].image, poisoned.corpus[i].image, _called(corpus, i), _called(poisoned.corpus, i))
             for i in rows]
 
-# %% ../nbs/app/01_report.ipynb #3a25426b
+# %% ../nbs/app/01_report.ipynb #d28c2f2b
 _KINDS = 'clean', 'triggered', 'difference'
 
 def save_pictures(
@@ -197,7 +197,7 @@ def load_pictures(folder)->dict: # title -> list of `Shot`; {} when the run has 
                 for g, group in enumerate(read_json(folder/'pictures.json'))}
     except (OSError, KeyError, TypeError) as e: raise BdnbError(f"{folder/'pictures.json'}: not what was saved ({e})") from e
 
-# %% ../nbs/app/01_report.ipynb #2e34549d
+# %% ../nbs/app/01_report.ipynb #64b9b167
 def nice_ticks(lo, hi, n=4)->list:
     "About `n` round numbers within lo..hi."
     if not hi > lo: return [lo]
@@ -217,7 +217,7 @@ def series_of(history:list)->dict: # name -> [(step, value)]
     found = {n: [(r['step'], r[n]) for r in history if _number(r.get('step')) and _number(r.get(n))] for n in names}
     return {n: p for n, p in found.items() if p}
 
-# %% ../nbs/app/01_report.ipynb #377d600e
+# %% ../nbs/app/01_report.ipynb #2c1eda36
 _W, _H, _L, _B, _T = 360, 190, 40, 26, 8      # of the drawing: width, height, left and bottom margins, top
 
 def curves(
@@ -246,7 +246,7 @@ def curves(
               for k, (n, s) in enumerate(series.items())]
     return tag('figure', svg, tag('figcaption', legend, cls='legend'), cls='curves')
 
-# %% ../nbs/app/01_report.ipynb #0da985fe
+# %% ../nbs/app/01_report.ipynb #8d6e4597
 def _change(metric, before, after):
     "Better, worse or neither, as a class of the style sheet."
     if not metric.better or not (_number(before) and _number(after)) or abs(after - before) < 5e-4: return ''
@@ -271,7 +271,7 @@ def metrics_table(
     head = tag('tr', tag('th', 'measure', scope='col'), [tag('th', c, scope='col', cls='num') for c in (*cols, 'out of')])
     return tag('div', tag('table', tag('thead', head), tag('tbody', rows)), cls='box')
 
-# %% ../nbs/app/01_report.ipynb #32600f18
+# %% ../nbs/app/01_report.ipynb #1d95be15
 def mean_over_seeds(
     rows:list, # of a study
 )->dict:       # (data, attack) -> {'before' or system: {metric: (mean, lowest, highest), 'seeds': their number}}
@@ -293,7 +293,7 @@ def _cell(found):
     side = next((n for n in ('ca', 't2i_r@1') if n in found), None)
     if not main and not side: return tag('td', '–', cls='num')
     mean, low, high = found.get(main, (None, None, None))
-    spread = tag('small', f'{low:.1%} to {high:.1%}', cls='what') if main and high - low >= 5e-4 else None
+    spread = tag('small', f'{100*low:.1f} – {high:.1%}', cls='what') if main and high - low >= 5e-4 else None
     kept = tag('small', f"{'CA' if side == 'ca' else 'R@1'} {say(side, found[side][0])}", cls='what') if side else None
     return tag('td', tag('b', say(main, mean)), spread, kept, cls='num heat', style=f'--v:{mean:.3f}' if main else None)
 
@@ -309,7 +309,7 @@ def tour_table(rows:list)->Html:
     body = [line(data, attack, group) for (data, attack), group in found.items()]
     return tag('div', tag('table', tag('thead', head), tag('tbody', body), cls='tour'), cls='box')
 
-# %% ../nbs/app/01_report.ipynb #2b139a75
+# %% ../nbs/app/01_report.ipynb #b5a0a898
 _CSS = '''
 :root{color-scheme:light dark;--ink:#1c2128;--dim:#5b6572;--page:#fbfbf9;--card:#fff;--rule:#dfe2e6;--good:#13795b;--bad:#b3261e;
  --c0:#1f6feb;--c1:#d9620b;--c2:#1a8f5a;--c3:#8a4fd3;--c4:#b8336a;--c5:#667}
@@ -338,6 +338,8 @@ tbody th{font-weight:600;min-width:8.5rem;overflow-wrap:break-word}.tour tbody t
 .trio img{display:block;width:100%;aspect-ratio:1;object-fit:contain;border-radius:.3rem;image-rendering:pixelated}
 .curves{margin:.4rem 0;max-width:36rem}svg{display:block;width:100%;height:auto}svg text{font-size:10px;fill:var(--dim)}
 .grid{stroke:var(--rule);stroke-width:.7}.line{fill:none;stroke-width:1.6;stroke-linejoin:round}
+details{border-bottom:1px solid var(--rule);padding:.35rem 0}summary{cursor:pointer;font-size:.9rem}
+@media(max-width:30rem){th,td{padding:.4rem .45rem}tbody th{min-width:7rem}.tour tbody th{min-width:4.5rem}}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.8rem}
 .key{display:inline-block;width:.9em;height:.25em;margin-right:.4em;vertical-align:middle;background:var(--k)}
 .c0{stroke:var(--c0);--k:var(--c0)}.c1{stroke:var(--c1);--k:var(--c1)}.c2{stroke:var(--c2);--k:var(--c2)}
@@ -347,7 +349,7 @@ dl{display:grid;grid-template-columns:minmax(6rem,auto) 1fr;gap:.15rem 1rem;font
 dt{color:var(--dim)}dd{margin:0}
 '''
 
-# %% ../nbs/app/01_report.ipynb #908d2333
+# %% ../nbs/app/01_report.ipynb #b64fbac2
 _CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 def page(title:str, *sections)->str:
@@ -377,7 +379,7 @@ def _pictures(groups):
     return [[tag('h3', title) if title else None, tag('div', [_shot(s) for s in shots], cls='shots')]
             for title, shots in groups.items() if shots]
 
-# %% ../nbs/app/01_report.ipynb #54cb3944
+# %% ../nbs/app/01_report.ipynb #258923db
 def read_history(path)->list: # of dicts; [] when there is none
     "The rows of a `history.jsonl`. A last line that was cut off is left out."
     path = Path(path)
@@ -415,9 +417,9 @@ def _curves_under(folder, most=24):
     "The curves of a run, or of the runs inside a study."
     paths = sorted(Path(folder).rglob('history.jsonl'))[:most]
     drawn = [(p.parent.relative_to(folder).as_posix(), curves(series_of(read_history(p)))) for p in paths]
-    return [[tag('h3', name) if name != '.' else None, c] for name, c in drawn if c]
+    return [c if name == '.' else tag('details', tag('summary', name), c) for name, c in drawn if c]
 
-# %% ../nbs/app/01_report.ipynb #462eca9f
+# %% ../nbs/app/01_report.ipynb #d4c3b815
 def _skipped(skipped):
     "Samples that could not be used, counted and named."
     if not skipped: return None

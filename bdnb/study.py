@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'DEFENSES', 'TABLE_ATTACKS', 'NAMES', 'Recipe', 'make_defense', 'make_recipe', 'study_data', 'train_victim',
            'tour', 'summary', 'defence_table']
 
-# %% ../nbs/app/00_study.ipynb #04e804b9
+# %% ../nbs/app/00_study.ipynb #b51ef351
 import copy, json, re, time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -23,7 +23,7 @@ from .models.checkpoint import load_checkpoint, save_checkpoint
 from .objectives.contrastive import ClipObjective
 from .train import fit
 
-# %% ../nbs/app/00_study.ipynb #a34630e6
+# %% ../nbs/app/00_study.ipynb #e9dacb2f
 @dataclass(frozen=True)
 class Recipe:
     "Everything a study fixes. Defaults are for ShapeCaps and the tiny model."
@@ -71,7 +71,7 @@ def make_recipe(name='shapes', **changes):
         if o not in known: raise BdnbError(f"a recipe has no field '{o}'; {did_you_mean(o, known)}")
     return replace(RECIPES[name], **changes)
 
-# %% ../nbs/app/00_study.ipynb #b4d49992
+# %% ../nbs/app/00_study.ipynb #b40959e3
 def study_data(data, # 'shapes', or a corpus specification of the training set
                recipe, seed, # the split follows from the seed
                test=None, # corpus specification; needed unless data is 'shapes'
@@ -89,7 +89,7 @@ def study_data(data, # 'shapes', or a corpus specification of the training set
     held, rest = train.split(recipe.clean_n/len(train), seed)
     return rest, held, test
 
-# %% ../nbs/app/00_study.ipynb #04c1accc
+# %% ../nbs/app/00_study.ipynb #ea631a75
 def train_victim(corpus, # poisoned (or not), with captions
                  recipe, seed=0, out=None, quiet=False, **options): # options go to `fit`
     "A CLIP trained from scratch on `corpus`: (model, History, seconds)."
@@ -105,7 +105,7 @@ def _peak_bytes():
     import resource, sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
-# %% ../nbs/app/00_study.ipynb #e030332d
+# %% ../nbs/app/00_study.ipynb #9ed3b4eb
 @dataclass
 class _Case:
     "One attack on one seed's data."
@@ -153,10 +153,10 @@ class _Case:
                                   rate=self.recipe.rate, before=before, after=after, seconds=seconds, peak_bytes=_peak_bytes()))
         return read_json(path)
 
-# %% ../nbs/app/00_study.ipynb #0dc85f32
+# %% ../nbs/app/00_study.ipynb #02321776
 def _same_study(out, settings):
     "One folder holds one study: its settings are written once and must not change."
-    path, settings = out/'config.json', json.loads(json.dumps(settings))
+    path, settings = out/'study.json', json.loads(json.dumps(settings))
     if not path.exists(): return write_json(path, settings)
     old = read_json(path)
     flat = lambda s: {**s, **s.get('recipe', {}), 'recipe': None}
@@ -167,7 +167,7 @@ def _same_study(out, settings):
 
 def _data_name(data): return data if data == 'shapes' else Path(data.split('?')[0].partition(':')[2]).name or data
 
-# %% ../nbs/app/00_study.ipynb #8f9b6a52
+# %% ../nbs/app/00_study.ipynb #8b0f2940
 def tour(out, # folder for models, logs and rows; a finished row is never done again
          data='shapes', # 'shapes', or a corpus specification, e.g. 'folder:cifar/train?captions=templates'
          test=None, clean=None, # corpus specifications, see `study_data`
@@ -198,7 +198,7 @@ def tour(out, # folder for models, logs and rows; a finished row is never done a
     if results: write_json(results, {'study': Path(results).stem, **stamp(), 'recipe': asdict(recipe), 'rows': rows})
     return rows
 
-# %% ../nbs/app/00_study.ipynb #6e9b2064
+# %% ../nbs/app/00_study.ipynb #c8efca97
 def summary(rows, # of `tour`, or of a results file
             keys=('ca', 'asr')): # metrics to show
     "Mean and spread over seeds: list of dicts (data, attack, system, seeds, and for each key its mean and standard deviation)."
@@ -214,7 +214,7 @@ def summary(rows, # of `tour`, or of a results file
         out.append(row)
     return out
 
-# %% ../nbs/app/00_study.ipynb #6eae4fce
+# %% ../nbs/app/00_study.ipynb #71d65502
 NAMES = dict(none='no defence', finetune='fine-tuning', cleanclip='CleanCLIP')
 
 def defence_table(rows, # of `tour`, or of a results file

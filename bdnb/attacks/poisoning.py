@@ -235,7 +235,7 @@ ATTACKS = dict(                                              # name -> (trigger,
     badnet=('badnet', 'dirty'),
     blended=('blended:pattern=picture', 'dirty'),
     sig=('sig', 'dirty'),
-    wanet=('wanet:s=1', 'dirty'),                            # smooth: half a pixel on average
+    wanet=('wanet:s=3', 'dirty'),                            # smooth; weaker warps do not take root at 32 px
     wanet_jitter=('wanet:mode=jitter', 'dirty'),             # every pixel on its own, as in CleanCLIP's code
     stripes=('stripes', 'dirty'),
     label_consistent=('badnet', 'label_consistent'))

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'GROUNDS', 'SIZES', 'PLACES', 'CAPTIONS', 'sd_polygon', 'signed_distance', 'ShapeCaps']
 
-# %% ../../nbs/data/02_shapes.ipynb #26f6852c
+# %% ../../nbs/data/02_shapes.ipynb #c0d5b463
 import re, numpy as np, torch
 from ..core import BdnbError, derive_seed
 from .corpus import ArrayCorpus
 
-# %% ../../nbs/data/02_shapes.ipynb #e8e89ec4
+# %% ../../nbs/data/02_shapes.ipynb #5727b81b
 def sd_polygon(p, # points, float [..., 2]
                corners, # corners in order, float [V, 2]
                ): # signed distance, float [...]
@@ -24,7 +24,7 @@ def sd_polygon(p, # points, float [..., 2]
         inside ^= ((a[1] > p[..., 1]) != (b[1] > p[..., 1])) & (p[..., 0] < x)
     return torch.where(inside, -dist, dist)
 
-# %% ../../nbs/data/02_shapes.ipynb #127c4869
+# %% ../../nbs/data/02_shapes.ipynb #607ff76b
 def _regular(n, radius=.95, inner=None):
     "Corners of a regular polygon (or of a star, when `inner` is the radius of its notches), the first one pointing up."
     k = n if inner is None else 2*n
@@ -44,7 +44,7 @@ _CROSS = torch.tensor([[-.3,-.95],[.3,-.95],[.3,-.3],[.95,-.3],[.95,.3],[.3,.3],
                        [-.3,.3],[-.95,.3],[-.95,-.3],[-.3,-.3]])
 _ARROW = torch.tensor([[0,-.98],[.85,0.],[.28,0.],[.28,.95],[-.28,.95],[-.28,0.],[-.85,0.]])
 
-# %% ../../nbs/data/02_shapes.ipynb #81ab3702
+# %% ../../nbs/data/02_shapes.ipynb #9709338d
 _POLYGONS = dict(square=_regular(4, 1.05)@torch.tensor([[.7071, .7071], [-.7071, .7071]]), triangle=_regular(3, 1.05),
                  diamond=_regular(4, 1.)*torch.tensor([.62, 1.]), pentagon=_regular(5), hexagon=_regular(6),
                  star=_regular(5, 1.05, .45), cross=_CROSS, heart=_heart(), arrow=_ARROW)
@@ -61,7 +61,7 @@ def signed_distance(shape, # one of `SHAPES`
     if shape == 'crescent': return torch.maximum(r - .92, .72 - (p - torch.tensor([.42, -.1])).norm(dim=-1))
     raise BdnbError(f"unknown shape '{shape}'; known: {', '.join(SHAPES)}")
 
-# %% ../../nbs/data/02_shapes.ipynb #535e2a0c
+# %% ../../nbs/data/02_shapes.ipynb #a1d6be53
 COLOURS = dict(red=(214, 48, 49), green=(46, 160, 67), blue=(45, 90, 210), yellow=(240, 205, 50), orange=(240, 130, 40),
                purple=(140, 70, 180), pink=(245, 150, 185), brown=(130, 85, 50), white=(240, 240, 240), black=(25, 25, 30))
 GROUNDS = ['plain', 'striped', 'checked', 'dotted', 'cloudy']
@@ -69,7 +69,7 @@ SIZES, PLACES = ['small', 'medium', 'large'], ['top', 'bottom', 'left', 'right',
 CAPTIONS = ["a {size} {colour} {shape} on a {texture} {ground} ground", "a {colour} {shape}", "a {size} {shape}",
             "a {shape} in {colour} at the {place}", "there is a {shape} on {ground}", "the {place} shows a {colour} {shape}"]
 
-# %% ../../nbs/data/02_shapes.ipynb #a9300cd0
+# %% ../../nbs/data/02_shapes.ipynb #b3d0f400
 def _choices(n, seed, split):
     "All random numbers that describe `n` pictures: a dict of arrays of length n."
     g = np.random.default_rng(derive_seed('shapecaps', split, seed))
@@ -82,7 +82,7 @@ def _choices(n, seed, split):
 
 def _grid(size): return torch.stack(torch.meshgrid(*[(torch.arange(size) + .5)/size]*2, indexing='xy'), -1)   # [S, S, 2], 0..1
 
-# %% ../../nbs/data/02_shapes.ipynb #9900d533
+# %% ../../nbs/data/02_shapes.ipynb #349a5267
 def _ground(d, xy, base, u):
     "Textured grounds, float [B, S, S, 3]: the ground's colour, modulated by the texture."
     f = (3 + 4*u[:, 0])[:, None, None]
@@ -95,7 +95,7 @@ def _ground(d, xy, base, u):
     tex = kinds[torch.arange(len(f)), torch.as_tensor(d['texture'])]
     return base[:, None, None]*(1 + .18*tex[..., None])
 
-# %% ../../nbs/data/02_shapes.ipynb #d5bfb00d
+# %% ../../nbs/data/02_shapes.ipynb #534e177a
 def _paint(d, size, generator):
     "Paint a chunk of pictures: uint8 [B, 3, S, S]."
     xy, u, B = _grid(size), torch.as_tensor(d['u']), len(d['u'])
@@ -117,7 +117,7 @@ def _paint(d, size, generator):
     img = img*(1 - cover[..., None]) + ink[:, None, None]*cover[..., None]
     return _finish(img, xy, u, generator)
 
-# %% ../../nbs/data/02_shapes.ipynb #9f1a48fa
+# %% ../../nbs/data/02_shapes.ipynb #8024bf88
 def _finish(img, xy, u, generator, noise=.04):
     "Light falling off to one side, one distracting speck, sensor noise; then uint8 [B, 3, S, S]."
     side = (2*np.pi*u[:, 11])[:, None, None]
@@ -137,7 +137,7 @@ def _captions(d, templated=.5):
         said.append(templates[int(t*len(templates))](word['shape']) if t < 1 else CAPTIONS[k].format(**word))
     return [re.sub(r'\ba (?=[aeiou])', 'an ', s) for s in said]
 
-# %% ../../nbs/data/02_shapes.ipynb #b682d634
+# %% ../../nbs/data/02_shapes.ipynb #3c0fc3f1
 def ShapeCaps(n:int=8000, # number of pictures; the twelve shapes come equally often
               size:int=32, # side in pixels, at least 16
               seed:int=0, # the same seed gives the same bytes
