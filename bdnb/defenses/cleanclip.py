@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cleansed', 'Finetuning', 'FineTune', 'CleanCLIP', 'SupervisedCleanCLIP', 'head_logits', 'evaluate_head']
 
-# %% ../../nbs/defenses/01_cleanclip.ipynb #4d0b4765
+# %% ../../nbs/defenses/01_cleanclip.ipynb #e21b0c76
 import time
 from dataclasses import dataclass
 import torch
@@ -18,7 +18,7 @@ from ..objectives.classify import Classifier, CrossEntropyObjective, frozen, mak
 from ..objectives.contrastive import ClipObjective, CleanClipObjective
 from ..train import History, fit
 
-# %% ../../nbs/defenses/01_cleanclip.ipynb #c1423fbf
+# %% ../../nbs/defenses/01_cleanclip.ipynb #422880b3
 @dataclass(frozen=True)
 class Cleansed:
     "What a cleanser returns."
@@ -66,7 +66,7 @@ class Finetuning:
 class FineTune(Finetuning):
     "Plain fine-tuning with the CLIP loss alone: the row that every cure has to beat, on the same data and budget."
 
-# %% ../../nbs/defenses/01_cleanclip.ipynb #b9aff1f6
+# %% ../../nbs/defenses/01_cleanclip.ipynb #e33caa71
 @dataclass(frozen=True)
 class CleanCLIP(Finetuning):
     "CleanCLIP (arXiv 2303.03323): cross-modal plus in-modal self-supervision on clean pairs. `CleanCLIP()` is the paper."
@@ -79,7 +79,7 @@ class CleanCLIP(Finetuning):
         view = TextView(self.seed, backend=self.text_backend, redraw=self.redraw_text)
         return CleanClipObjective(self.clip_weight, self.inmodal_weight, view)
 
-# %% ../../nbs/defenses/01_cleanclip.ipynb #a9ec3383
+# %% ../../nbs/defenses/01_cleanclip.ipynb #d9cf1376
 def _need_classes(corpus):
     if corpus.labels is None or not corpus.classes: raise BdnbError(f"{corpus.name}: a classifier needs labels and class names")
 
@@ -105,7 +105,7 @@ class SupervisedCleanCLIP(Finetuning):
             history = self.learn(net, corpus, model.image_size, **options)
         return Cleansed(model, history, time.time() - start, net.head)
 
-# %% ../../nbs/defenses/01_cleanclip.ipynb #9ac8e8a7
+# %% ../../nbs/defenses/01_cleanclip.ipynb #5b1f15eb
 def head_logits(model, head, corpus, trigger=None, batch:int=256, quiet:bool=True) -> torch.Tensor: # float32 [N, C]
     "The classifier's logits for every picture, in evaluation mode, with a trigger stamped on where one is given."
     net, out = Classifier(model, head), []
