@@ -28,7 +28,7 @@ from bdnb.objectives.contrastive import CleanClipObjective, ClipObjective
 from bdnb.train import fit, parameter_groups
 
 torch.set_num_threads(1)
-fork = get_context('forkserver') if sys.platform != 'win32' else None   # children start from a clean process: no fork of a trained torch
+fork = get_context('forkserver') if sys.platform != 'win32' else None   # children of a clean process, not of one that has trained
 needs_fork = pytest.mark.skipif(fork is None, reason='no forkserver here')
 if fork: fork.set_forkserver_preload(['bdnb.train', 'bdnb.models.tiny', 'open_clip', 'accelerate'])
 
@@ -63,8 +63,8 @@ def long_run(folder, slow_write=None):
     "Forty steps of CleanCLIP with dropout and batch norm; checkpoints and log lines at different steps; final weights in a file."
     if slow_write: train.torch = SimpleNamespace(**{**vars(torch), 'save': half_a_file(slow_write)})
     model = fresh('batch', dropout=.2)
-    fit(model, CleanClipObjective(), Batches(corpus(), 16, seed=3), steps=40, lr=1e-3, warmup=4, out=folder, checkpoint_every=3, log_every=4,
-        device='cpu')
+    fit(model, CleanClipObjective(), Batches(corpus(), 16, seed=3), steps=40, lr=1e-3, warmup=4, out=folder, checkpoint_every=3,
+        log_every=4, device='cpu')
     torch.save(model.state_dict(), folder/'final.pt')
 
 
@@ -235,11 +235,12 @@ def test_bad_checkpoint_is_refused(stopped, tmp_path, monkeypatch, what):
 
 
 @pytest.mark.parametrize('options, words', [
-    (dict(precision='fp16'), 'fp16 needs a GPU'), (dict(lr=-1.), 'lr=-1'), (dict(lr=math.nan), 'lr=nan'), (dict(log_every=0), 'log_every=0'),
-    (dict(steps=0), 'no training at all'), (dict(epochs=1), 'either epochs or steps'), (dict(optimizer='adam'), "did you mean 'adamw'"),
+    (dict(precision='fp16'), 'fp16 needs a GPU'), (dict(lr=-1.), 'lr=-1'), (dict(lr=math.nan), 'lr=nan'),
+    (dict(log_every=0), 'log_every=0'), (dict(steps=0), 'no training at all'), (dict(epochs=1), 'either epochs or steps'), (dict(optimizer='adam'), "did you mean 'adamw'"),
     (dict(grad_accum=0), 'grad_accum=0'), (dict(schedule='cos'), 'unknown schedule')])
 def test_bad_options(options, words):
-    with pytest.raises(BdnbError, match=words): fit(fresh(), ClipObjective(), Batches(corpus(), 16), **(dict(steps=1, device='cpu') | options))
+    options = dict(steps=1, device='cpu') | options
+    with pytest.raises(BdnbError, match=words): fit(fresh(), ClipObjective(), Batches(corpus(), 16), **options)
 
 
 def test_nothing_to_train():
@@ -260,7 +261,8 @@ def test_tensorboard(tmp_path):
     options = dict(steps=2, log_every=1, out=tmp_path, tensorboard=True, device='cpu')
     try: import torch.utils.tensorboard  # noqa: F401
     except ImportError:
-        with pytest.raises(BdnbError, match=r'pip install bdnb\[tensorboard\]'): fit(fresh(), ClipObjective(), Batches(corpus(), 16), **options)
+        with pytest.raises(BdnbError, match=r'pip install bdnb\[tensorboard\]'):
+            fit(fresh(), ClipObjective(), Batches(corpus(), 16), **options)
     else:
         fit(fresh(), ClipObjective(), Batches(corpus(), 16), **options)
         assert list((tmp_path/'tensorboard').glob('events*'))
@@ -272,11 +274,12 @@ def test_tensorboard(tmp_path):
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_non_finite_loss_stops_before_the_weights(value):
     class Bad:
-        def __call__(self, model, batch): return {'fine': model.logit_scale*0, 'sour': model.logit_scale*(value if batch.step == 1 else 0)}
-    model, batches, seen = fresh(), Batches(corpus(), 16), []
-    good = fresh()
-    fit(good, Bad(), batches, steps=1, weight_decay=.1, lr=1e-2, schedule='constant', device='cpu')
-    with pytest.raises(BdnbError) as e: fit(model, Bad(), batches, steps=3, weight_decay=.1, lr=1e-2, schedule='constant', device='cpu')
+        def __call__(self, model, batch):
+            return {'fine': model.logit_scale*0, 'sour': model.logit_scale*(value if batch.step == 1 else 0)}
+    model, good, batches = fresh(), fresh(), Batches(corpus(), 16)
+    options = dict(lr=1e-2, schedule='constant', device='cpu')
+    fit(good, Bad(), batches, steps=1, **options)
+    with pytest.raises(BdnbError) as e: fit(model, Bad(), batches, steps=3, **options)
     seen = [b.keys for b in batches.epoch(0)]
     assert "'sour'" in str(e.value) and 'step 1 (epoch 0)' in str(e.value) and all(k in str(e.value) for k in seen[1][:4])
     assert torch.equal(weights(model), weights(good))              # one step made, the second not even begun
@@ -309,7 +312,8 @@ def test_fit_leaves_the_world_as_it_was():
 
 
 def test_schedule_first_and_last_step():
-    lrs = lambda **o: fit(fresh(), ClipObjective(), Batches(corpus(), 16), epochs=4, lr=.01, optimizer='sgd', log_every=1, device='cpu', **o).column('lr')
+    lrs = lambda **o: fit(fresh(), ClipObjective(), Batches(corpus(), 16), epochs=4, lr=.01, optimizer='sgd', log_every=1,
+                          device='cpu', **o).column('lr')
     warm, official = lrs(warmup=4), lrs(schedule='official', warmup=2)
     assert len(warm) == 12 and warm[0] == .0025 and warm[3] == warm[4] == .01
     assert warm[-1] == pytest.approx(.005*(1 + math.cos(math.pi*7/8)))
@@ -326,8 +330,8 @@ def test_accumulation_takes_whole_groups():
             i, t, _ = model(batch.images, model.tokenize(batch.texts))
             return {'loss': (i - t).square().sum(1).mean()}         # a term may be called what it likes
     one, two = fresh(), fresh()
-    go = lambda m, b, k: fit(m, Mean(), Batches(corpus(40), b, shuffle=False), epochs=2, lr=.01, optimizer='sgd', grad_accum=k, log_every=1,
-                             device='cpu')
+    go = lambda m, b, k: fit(m, Mean(), Batches(corpus(40), b, shuffle=False), epochs=2, lr=.01, optimizer='sgd', grad_accum=k,
+                             log_every=1, device='cpu')
     h = go(one, 8, 2)
     assert seen == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)] and h.column('epoch') == [0, 0, 1, 1]
     g = go(two, 16, 1)
@@ -337,7 +341,8 @@ def test_accumulation_takes_whole_groups():
 
 def test_fractions_of_an_epoch_and_the_hook():
     seen = []
-    h = fit(fresh(), ClipObjective(), Batches(corpus(), 16), epochs=2.34, log_every=3, device='cpu', on_epoch=lambda m, e: seen.append((e, type(m))))
+    h = fit(fresh(), ClipObjective(), Batches(corpus(), 16), epochs=2.34, log_every=3, device='cpu',
+            on_epoch=lambda model, epoch: seen.append((epoch, type(model))))
     assert h.column('step') == [3, 6, 7] and seen == [(0, ClipModel), (1, ClipModel)]
 
 
@@ -375,7 +380,8 @@ def test_gradient_is_clipped():
     def moved(max_norm):
         model = fresh()
         before = weights(model)
-        fit(model, ClipObjective(), Batches(corpus(), 16), steps=1, lr=1., optimizer='sgd', weight_decay=0., max_norm=max_norm, device='cpu')
+        fit(model, ClipObjective(), Batches(corpus(), 16), steps=1, lr=1., optimizer='sgd', weight_decay=0., max_norm=max_norm,
+            device='cpu')
         return (weights(model) - before).norm().item()
     assert moved(None) > .2 and moved(.1) == pytest.approx(.1, rel=1e-3)
 
@@ -405,14 +411,14 @@ CASES = [(o, optimizer) for o in (ClipObjective(), CleanClipObjective(inmodal_we
 def in_step(objective, optimizer, out=None, n=99):
     "Five steps; group norm, because batch norm's statistics are those of a process's own slice."
     model = fresh('group')
-    history = fit(model, Stops(objective, n), Batches(corpus(), 16, seed=1), steps=5, lr=.01 if optimizer == 'sgd' else 1e-3, eps=1e-6,
-                  optimizer=optimizer, max_norm=5., log_every=2, out=out, checkpoint_every=2 if out else None, device='cpu')
+    history = fit(model, Stops(objective, n), Batches(corpus(), 16, seed=1), steps=5, lr=.01 if optimizer == 'sgd' else 1e-3,
+                  eps=1e-6, optimizer=optimizer, max_norm=5., log_every=2, out=out, checkpoint_every=2 if out else None, device='cpu')
     return model, history
 
 
 def one_of_two(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
-                      ACCELERATE_USE_CPU='1')
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=str(port), ACCELERATE_USE_CPU='1')
     for k, case in enumerate(CASES):
         model, history = in_step(*case)
         torch.save(dict(weights=weights(model), rows=history.rows), folder/f'{k}-{rank}.pt')
@@ -440,7 +446,7 @@ def test_two_processes_are_one(tmp_path):
         start = weights(fresh())
         assert torch.equal(first['weights'], second['weights']), case
         assert (first['weights'] - weights(model)).abs().max() < 1e-4 < .003 < (weights(model) - start).abs().max(), case
-        for key in ('loss', 'clip'): assert [r[key] for r in first['rows']] == pytest.approx(history.column(key), abs=1e-4), case
+        for key in ('loss', 'clip'): assert [r[key] for r in first['rows']] == pytest.approx(history.column(key), abs=1e-4)
     assert (tmp_path/'cut-0').exists() and (tmp_path/'cut-1').exists()
     assert torch.load(tmp_path/'run/checkpoint.pt', weights_only=True)['step'] == 2
     alone, history = in_step(*CASES[3], out=tmp_path/'run')

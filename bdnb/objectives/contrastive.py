@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['clip_loss', 'inmodal_loss', 'gather', 'gather_together', 'bare', 'ClipObjective', 'CleanClipObjective']
 
-# %% ../../nbs/objectives/00_contrastive.ipynb #2eeedc41
+# %% ../../nbs/objectives/00_contrastive.ipynb #d164a51b
 from dataclasses import dataclass, field
 from functools import lru_cache
 import torch
@@ -14,7 +14,7 @@ from ..core import BdnbError
 from ..data.augment import autoaugment
 from ..data.text import TextView
 
-# %% ../../nbs/objectives/00_contrastive.ipynb #062dc258
+# %% ../../nbs/objectives/00_contrastive.ipynb #a0b223a1
 def _diagonal_ce(logits): return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 def clip_loss(image, # float [N, D], normalised
@@ -37,7 +37,7 @@ def inmodal_loss(image, text, # float [N, D], normalised: the clean views
 
 def _exact(z): return z if z.dtype == torch.float64 else z.float()
 
-# %% ../../nbs/objectives/00_contrastive.ipynb #f2ec492e
+# %% ../../nbs/objectives/00_contrastive.ipynb #3d7d3032
 class _Gather(torch.autograd.Function):
     "Concatenate equal slices of all ranks; backward sums the gradients of all ranks and returns this rank's slice."
     @staticmethod
@@ -63,7 +63,7 @@ def gather_together(parts, # float [b, D_k] each
     if world_size == 1: return list(parts)
     return gather(torch.cat(parts, 1), rank, world_size).split([p.shape[1] for p in parts], 1)
 
-# %% ../../nbs/objectives/00_contrastive.ipynb #465afeae
+# %% ../../nbs/objectives/00_contrastive.ipynb #61756c48
 def bare(model):
     "The model inside a DistributedDataParallel or torch.compile wrapper."
     for name in ('module', '_orig_mod'):
@@ -85,7 +85,7 @@ class ClipObjective:
         image, text = gather_together([image, text], batch.rank, batch.world_size)
         return {'clip': clip_loss(image, text, scale)}
 
-# %% ../../nbs/objectives/00_contrastive.ipynb #7fa27fc2
+# %% ../../nbs/objectives/00_contrastive.ipynb #e5c22172
 @lru_cache(maxsize=2**18)
 def _kept(view, text, key): return view([text], [key])[0]
 
@@ -104,7 +104,7 @@ class CleanClipObjective:
     image_view:object=None      # `(images uint8, generator, rows) -> uint8`; AutoAugment by default
     def views(self, batch):
         "Augmented pictures uint8 [B, 3, S, S] and augmented captions of a batch."
-        with torch.autocast(batch.images.device.type, enabled=False):        # a picture is not to be turned or sharpened in bfloat16
+        with torch.autocast(batch.images.device.type, enabled=False):        # pictures are not turned and sharpened in bfloat16
             images = (self.image_view or autoaugment)(batch.images, batch.generator('image view'), rows=batch.rows)
         return images, batch.text_views if batch.text_views is not None else _text_views(self.text_view, batch)
     def __call__(self, model, batch):
