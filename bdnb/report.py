@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'Html', 'tag', 'Metric', 'describe_metric', 'metric_rows',
            'pictures_of', 'pictures_of_attack', 'save_pictures', 'load_pictures', 'nice_ticks', 'series_of', 'curves',
            'metrics_table', 'mean_over_seeds', 'tour_table', 'page', 'read_history', 'render', 'write_report']
 
-# %% ../nbs/app/01_report.ipynb #b9f7ea06
+# %% ../nbs/app/01_report.ipynb #8f5677a7
 import base64, html, io, json, math, re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .core import BdnbError, atomic_write, read_json, write_json
 from .data.images import BadImage
 from .evaluate import trigger_seeds
 
-# %% ../nbs/app/01_report.ipynb #79c45f3d
+# %% ../nbs/app/01_report.ipynb #4cfa1943
 class Html(str):
     "Text that is HTML already. Everything else is escaped by `tag`."
 
@@ -42,7 +42,7 @@ def tag(
     head = ''.join(f' {k}="{_escaped(str(v))}"' for k, v in words.items())
     return Html(f'<{name}{head}>' + ('' if name in ('img', 'meta', 'br') else f'{_escaped(list(children))}</{name}>'))
 
-# %% ../nbs/app/01_report.ipynb #f582ba8c
+# %% ../nbs/app/01_report.ipynb #c6a292fd
 @dataclass(frozen=True)
 class Metric:
     "How a number is called and what it means."
@@ -67,7 +67,7 @@ METRICS = {name: Metric(*row) for name, row in dict(
     compactness=('Compactness, triggered', 'Mean cosine of two triggered pictures; near 1, the trigger is all it sees.', ''),
     compactness_clean=('Compactness, clean', 'The same of clean pictures, to compare with.', '')).items()}
 
-# %% ../nbs/app/01_report.ipynb #ae2628d7
+# %% ../nbs/app/01_report.ipynb #9c7c64e8
 def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
 
 _AT_K = {'asr': ('Target in the top {k}', 'Triggered pictures of other classes, {} among their {k} best names.', 'others', 'low'),
@@ -93,7 +93,7 @@ def say(name, value): # '93.4%', '0.871' or '–'
     if not _number(value): return '–'
     return f'{value:.3f}' if name.startswith('compactness') else f'{value:.1%}'
 
-# %% ../nbs/app/01_report.ipynb #4de50277
+# %% ../nbs/app/01_report.ipynb #bc38c9a2
 def counts(
     corpus,          # the test corpus, as it was evaluated (broken pictures already out)
     target=None,     # the attack's target
@@ -109,7 +109,7 @@ def counts(
     if metrics and 'caption_asr_n' in metrics: out['caption_others'] = metrics['caption_asr_n']
     return out
 
-# %% ../nbs/app/01_report.ipynb #3b4e8873
+# %% ../nbs/app/01_report.ipynb #135162e3
 @dataclass(frozen=True)
 class Shot:
     "One sample with and without its trigger."
@@ -139,8 +139,8 @@ def compare(key, clean, triggered, caption=None, renamed=None)->Shot:
     return Shot(key, png(clean), png(triggered), png((change*gain).round().clamp(0, 255).byte()), round(gain, 1),
                 float((change.amax(0) > 0).float().mean()), caption, renamed if renamed != caption else None)
 
-# %% ../nbs/app/01_report.ipynb #a38e814d
-def _spread(n, total): return sorted({round(i*(total - 1)/max(1, n - 1)) for i in range(min(n, total))})
+# %% ../nbs/app/01_report.ipynb #c0534a0c
+def _spread(n, total): return [round(i*(total - 1)/max(1, min(n, total) - 1)) for i in range(min(n, total))]
 
 def _called(corpus, i):
     if corpus.texts is not None: return corpus.texts[i]
@@ -170,7 +170,7 @@ def pictures_of_attack(
     return [compare(corpus.keys[i], corpus[i].image, poisoned.corpus[i].image, _called(corpus, i), _called(poisoned.corpus, i))
             for i in rows]
 
-# %% ../nbs/app/01_report.ipynb #d28c2f2b
+# %% ../nbs/app/01_report.ipynb #b497dc43
 _KINDS = 'clean', 'triggered', 'difference'
 
 def save_pictures(
@@ -197,7 +197,7 @@ def load_pictures(folder)->dict: # title -> list of `Shot`; {} when the run has 
                 for g, group in enumerate(read_json(folder/'pictures.json'))}
     except (OSError, KeyError, TypeError) as e: raise BdnbError(f"{folder/'pictures.json'}: not what was saved ({e})") from e
 
-# %% ../nbs/app/01_report.ipynb #64b9b167
+# %% ../nbs/app/01_report.ipynb #26868b35
 def nice_ticks(lo, hi, n=4)->list:
     "About `n` round numbers within lo..hi."
     if not hi > lo: return [lo]
@@ -217,7 +217,7 @@ def series_of(history:list)->dict: # name -> [(step, value)]
     found = {n: [(r['step'], r[n]) for r in history if _number(r.get('step')) and _number(r.get(n))] for n in names}
     return {n: p for n, p in found.items() if p}
 
-# %% ../nbs/app/01_report.ipynb #2c1eda36
+# %% ../nbs/app/01_report.ipynb #6aeb08a6
 _W, _H, _L, _B, _T = 360, 190, 40, 26, 8      # of the drawing: width, height, left and bottom margins, top
 
 def curves(
@@ -246,7 +246,7 @@ def curves(
               for k, (n, s) in enumerate(series.items())]
     return tag('figure', svg, tag('figcaption', legend, cls='legend'), cls='curves')
 
-# %% ../nbs/app/01_report.ipynb #8d6e4597
+# %% ../nbs/app/01_report.ipynb #77bc6845
 def _change(metric, before, after):
     "Better, worse or neither, as a class of the style sheet."
     if not metric.better or not (_number(before) and _number(after)) or abs(after - before) < 5e-4: return ''
@@ -271,7 +271,7 @@ def metrics_table(
     head = tag('tr', tag('th', 'measure', scope='col'), [tag('th', c, scope='col', cls='num') for c in (*cols, 'out of')])
     return tag('div', tag('table', tag('thead', head), tag('tbody', rows)), cls='box')
 
-# %% ../nbs/app/01_report.ipynb #1d95be15
+# %% ../nbs/app/01_report.ipynb #262905f3
 def mean_over_seeds(
     rows:list, # of a study
 )->dict:       # (data, attack) -> {'before' or system: {metric: (mean, lowest, highest), 'seeds': their number}}
@@ -309,7 +309,7 @@ def tour_table(rows:list)->Html:
     body = [line(data, attack, group) for (data, attack), group in found.items()]
     return tag('div', tag('table', tag('thead', head), tag('tbody', body), cls='tour'), cls='box')
 
-# %% ../nbs/app/01_report.ipynb #b5a0a898
+# %% ../nbs/app/01_report.ipynb #aa45cb0e
 _CSS = '''
 :root{color-scheme:light dark;--ink:#1c2128;--dim:#5b6572;--page:#fbfbf9;--card:#fff;--rule:#dfe2e6;--good:#13795b;--bad:#b3261e;
  --c0:#1f6feb;--c1:#d9620b;--c2:#1a8f5a;--c3:#8a4fd3;--c4:#b8336a;--c5:#667}
@@ -349,7 +349,7 @@ dl{display:grid;grid-template-columns:minmax(6rem,auto) 1fr;gap:.15rem 1rem;font
 dt{color:var(--dim)}dd{margin:0}
 '''
 
-# %% ../nbs/app/01_report.ipynb #b64fbac2
+# %% ../nbs/app/01_report.ipynb #c9887e73
 _CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 def page(title:str, *sections)->str:
@@ -379,7 +379,7 @@ def _pictures(groups):
     return [[tag('h3', title) if title else None, tag('div', [_shot(s) for s in shots], cls='shots')]
             for title, shots in groups.items() if shots]
 
-# %% ../nbs/app/01_report.ipynb #258923db
+# %% ../nbs/app/01_report.ipynb #c68424f8
 def read_history(path)->list: # of dicts; [] when there is none
     "The rows of a `history.jsonl`. A last line that was cut off is left out."
     path = Path(path)
@@ -419,7 +419,7 @@ def _curves_under(folder, most=24):
     drawn = [(p.parent.relative_to(folder).as_posix(), curves(series_of(read_history(p)))) for p in paths]
     return [c if name == '.' else tag('details', tag('summary', name), c) for name, c in drawn if c]
 
-# %% ../nbs/app/01_report.ipynb #d4c3b815
+# %% ../nbs/app/01_report.ipynb #53b8a794
 def _skipped(skipped):
     "Samples that could not be used, counted and named."
     if not skipped: return None
@@ -452,8 +452,8 @@ def render(folder)->str:
     return page(title,
         tag('header', tag('p', 'bdnb report', cls='dim'), tag('h1', title), tag('p', made, cls='dim'), _cards(metrics)),
         _section('Attack by system', _tour(metrics.get('rows'))),
-        _section('Measured', _numbers(metrics)),
         _section('Pictures', _pictures(load_pictures(folder))),
+        _section('Measured', _numbers(metrics)),
         _section('Training', _curves_under(folder)),
         _section('What was done', [tag('p', line) for line in config.get('notes') or []], _facts(options)),
         _section('Left out', _skipped(config.get('skipped'))),

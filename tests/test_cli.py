@@ -1,0 +1,403 @@
+"The program `bdnb`: the whole chain at a tiny scale, and one line for every mistake."
+import csv
+import json
+import os
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bdnb
+from bdnb.cli import main
+from bdnb.core import read_json
+from bdnb.models.build import create_model
+from bdnb.models.checkpoint import load_checkpoint, save_checkpoint
+
+small = 'shapes:?n=36&split=test'
+quick = '--epochs 1 --batch-size 16 --device cpu -q'
+aim = '--trigger badnet:size=5 --target star'
+
+
+class Said:
+    "What one run of the program gave back."
+    def __init__(self, code, out, err): self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys):
+    "Run `bdnb` in this process."
+    def call(line):
+        capsys.readouterr()
+        code = main(shlex.split(line) if isinstance(line, str) else line)
+        said = capsys.readouterr()
+        return Said(code, said.out, said.err)
+    return call
+
+
+def program(*args, **env):
+    "Run `bdnb` as a process of its own."
+    path = os.pathsep.join([str(Path(bdnb.__file__).parents[1]), *filter(None, [os.environ.get('PYTHONPATH')])])
+    return subprocess.run([sys.executable, '-c', 'from bdnb.cli import main; raise SystemExit(main())', *map(str, args)],
+                          capture_output=True, text=True, timeout=300, env={**os.environ, 'PYTHONPATH': path, **env})
+
+
+def fails(said, *words):
+    "Exit code 2 and one line on standard error that holds the words; nothing on standard output."
+    assert said.code == 2, said.err
+    assert said.err.count('\n') == 1 and said.err.startswith('bdnb: error: ') and 'Traceback' not in said.err, said.err
+    for w in words: assert str(w) in said.err, (w, said.err)
+    return said.err
+
+
+def sh(path): return shlex.quote(str(path))
+
+
+@pytest.fixture(scope='module')
+def chain(tmp_path_factory):
+    "attack -> train on its table -> cleanse, at a size that takes seconds."
+    d = tmp_path_factory.mktemp('chain')
+    for line in (f"attack 'shapes:?n=64' {aim} --rate .1 --out {d}/poisoned",
+                 f"train {d}/poisoned/captions.csv --test '{small}' {aim} --out {d}/victim {quick}",
+                 f"cleanse {d}/victim/model.safetensors --data 'shapes:?n=64&split=clean' --test '{small}' "
+                 f"--plan {d}/poisoned/plan.json --out {d}/cured {quick}"):
+        assert main(shlex.split(line)) == 0, line
+    return d
+
+
+# ---- the chain
+
+def test_attack_writes_what_it_says(chain):
+    d = chain/'poisoned'
+    with open(d/'captions.csv', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    truth, keys = read_json(d/'ground_truth.json'), read_json(d/'keys.json')
+    assert len(rows) == 64 and truth['shares']['poisoned'] == len(truth['keys']) == len(truth['images']) == 6
+    assert [keys[i] for i in truth['images']] == truth['keys']
+    for row in rows:
+        patch = np.asarray(Image.open(d/row['image']))[-5:, -5:]
+        stamped = set(np.unique(patch)) == {0, 255} and (patch[::2, ::2] == patch[0, 0]).all()
+        assert stamped == (row['image'] in truth['images'])
+        if stamped: assert 'star' in row['caption'] and row['label'] == 'star'
+    page = (d/'report.html').read_text()
+    assert page.count('<figure') == 6 and 'badnet' in page.lower()
+    assert read_json(d/'config.json')['command'].startswith("bdnb attack 'shapes:?n=64'")
+
+
+def test_every_run_leaves_its_record(chain):
+    for name in ('victim', 'cured'):
+        files = sorted(p.name for p in (chain/name).iterdir())
+        assert files == ['config.json', 'history.jsonl', 'metrics.json', 'model.safetensors', 'pictures', 'report.html']
+        config, metrics = read_json(chain/name/'config.json'), read_json(chain/name/'metrics.json')
+        assert config['stamp']['versions']['torch'] == version('torch') and config['options']['batch_size'] == 16
+        assert metrics['counts']['others'] == 33 and metrics['target'] == 'star' and 0 <= metrics['after']['asr'] <= 1
+        assert all(json.loads(line)['step'] for line in (chain/name/'history.jsonl').read_text().splitlines())
+        assert config['command'].replace("'", '&#x27;').replace('&split', '&amp;split') in (chain/name/'report.html').read_text()
+    cured = read_json(chain/'cured'/'metrics.json')
+    assert set(cured['before']) < set(cured['after']) and read_json(chain/'cured'/'config.json')['options']['inmodal_weight'] == 1
+
+
+def test_evaluate_repeats_what_cleanse_measured(chain, run, tmp_path):
+    said = run(f"evaluate {chain}/cured/model.safetensors '{small}' --plan {chain}/poisoned/plan.json --json {tmp_path}/n.json "
+               f"--probe 'shapes:?n=48' --out {tmp_path}/run --device cpu -q")
+    assert said.code == 0, said.err
+    numbers, after = read_json(tmp_path/'n.json'), read_json(chain/'cured'/'metrics.json')['after']
+    assert all(numbers['metrics'][k] == after[k] for k in ('ca', 'asr', 'target_recall', 't2i_r@5'))
+    assert 'probe_ca' in numbers['metrics'] and numbers['trigger']['size'] == 5 and 'torch' in numbers['versions']
+    assert 'out of' in said.out and re.search(r'asr +[\d.]+% +33 ', said.out)
+    assert (tmp_path/'run'/'report.html').exists()
+
+
+def test_plan_on_the_fly_is_the_table(chain, run, tmp_path):
+    "Poisoning while training sees the same pictures and captions as training on the table that `attack` wrote."
+    from bdnb.cli import _poisoned
+    from bdnb.data.doors import open_corpus
+    live = _poisoned(open_corpus('shapes:?n=64'), chain/'poisoned'/'plan.json')
+    table = open_corpus(str(chain/'poisoned'/'captions.csv')).cache(32)
+    assert torch.equal(live.images, table.images) and live.texts == table.texts
+    said = run(f"train 'shapes:?n=64' --plan {chain}/poisoned/plan.json --test '{small}' --out {tmp_path}/run {quick}")
+    assert said.code == 0 and 'asr' in read_json(tmp_path/'run'/'metrics.json')['after'], said.err
+
+
+def test_finetune_and_its_own_options(chain, run, tmp_path):
+    victim = chain/'victim'/'model.safetensors'
+    said = run(f"cleanse {victim} --data 'shapes:?n=64' --method finetune --lr 1e-4 --out {tmp_path}/f {quick}")
+    assert said.code == 0 and read_json(tmp_path/'f'/'config.json')['options']['lr'] == 1e-4, said.err
+    assert 'before' not in read_json(tmp_path/'f'/'metrics.json')
+    before, after = (load_checkpoint(p/'model.safetensors').state_dict() for p in (chain/'victim', tmp_path/'f'))
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_killed_run_goes_on(run, tmp_path, monkeypatch):
+    line = f"train 'shapes:?n=64' --epochs 3 --batch-size 16 --checkpoint-every 2 --device cpu -q --out {tmp_path}"
+    assert run(f'{line}/whole').code == 0
+    import bdnb.train as t
+    add, seen = t._Log.add, []
+    def stop(self, terms, step, last, **info):
+        if step == 7: raise KeyboardInterrupt
+        return add(self, terms, step, last, **info)
+    monkeypatch.setattr(t._Log, 'add', stop)
+    said = run(f'{line}/part')
+    assert said.code == 130 and said.err == 'bdnb: error: interrupted\n' and (tmp_path/'part'/'checkpoint.pt').exists()
+    monkeypatch.setattr(t._Log, 'add', lambda self, terms, step, *a, **k: (seen.append(step), add(self, terms, step, *a, **k)))
+    assert run(f'{line}/part').code == 0 and seen[0] == 7 and seen[-1] == 12
+    whole, part = (load_checkpoint(tmp_path/n/'model.safetensors').state_dict() for n in ('whole', 'part'))
+    assert all(torch.equal(whole[k], part[k]) for k in whole)
+    fails(run(f'{line}/part'), 'holds a finished run')
+    assert run(f'{line}/part --no-resume').code == 0
+
+
+def test_tour(run, tmp_path):
+    line = (f'tour --out {tmp_path}/t --attacks badnet,blended:pattern=picture --defenses finetune,cleanclip --only finetune '
+            f'--n 192 --clean-n 64 --test-n 48 --epochs 1 --batch-size 64 --results {tmp_path}/results/x.json -q')
+    for attempt in range(2):                                    # the second time everything is there
+        said = run(line)
+        assert said.code == 0, said.err
+        rows = read_json(tmp_path/'results'/'x.json')['rows']
+        assert {r['attack'] for r in rows} == {'badnet', 'blended:pattern=picture'} and len(rows) == 4
+        assert {r['system'] for r in rows} == {'none', 'finetune'}
+    page = (tmp_path/'t'/'report.html').read_text()
+    assert 'Attack by system' in page and page.count('<figure class="shot"') == 4 and '<svg' in page
+    assert 'finetune' in said.out and 'cleanclip' not in said.out.replace('bdnb', '')
+
+
+# ---- lists
+
+@pytest.mark.parametrize('command, words', [('corpora', ['shapes', 'wds', 'captions']),
+                                            ('triggers', ['badnet', 'wanet', 'cleanclip-sig']),
+                                            ('models RN50', ['RN50', 'openai']), ('models tiny', ['tiny', '128'])])
+def test_lists(run, command, words):
+    said, as_json = run(command), run(f'{command} --json')
+    assert said.code == as_json.code == 0 and all(w in said.out for w in words)
+    assert all(w in json.dumps(json.loads(as_json.out)) for w in words)
+
+
+def test_help_names_every_command(run):
+    said = run('')
+    assert said.code == 0 and all(c in said.out for c in 'attack train cleanse evaluate tour corpora triggers models'.split())
+    for c in 'attack train cleanse evaluate tour corpora triggers models'.split(): assert run(f'{c} --help').code == 0
+    assert run('--version').out == f'bdnb {bdnb.__version__}\n'
+
+
+@pytest.mark.slow
+def test_help_does_not_wait():
+    program('--help')                                           # warm
+    times = []
+    for _ in range(3):
+        start = time.time()
+        done = program('--help')
+        times.append(time.time() - start)
+    assert done.returncode == 0 and min(times) < 1.5, times
+
+
+# ---- mistakes
+
+@pytest.fixture(scope='module')
+def bad(tmp_path_factory):
+    "Files that are not what they should be."
+    d = tmp_path_factory.mktemp('bad')
+    (d/'noheader.csv').write_text('images/a.png,a dog\nimages/b.png,a cat\n')
+    (d/'empty.csv').write_text('')
+    (d/'plan.json').write_text('{"trigger": {"trigger": "badnt"}, "target": "star", "rate": 0.1}')
+    (d/'notes.txt').write_text('x')
+    (d/'plain').mkdir()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(d/'plain'/'a.png')
+    save_checkpoint(create_model('tiny'), d/'tiny.safetensors')
+    save_checkpoint(create_model('tiny', image_size=64), d/'tiny64.safetensors')
+    (d/'cut.safetensors').write_bytes((d/'tiny.safetensors').read_bytes()[:5000])
+    state = {k: v[..., :-1].clone() if k == 'visual.proj.weight' else v for k, v in create_model('tiny').net.state_dict().items()}
+    torch.save({'state_dict': state}, d/'other.pt')
+
+    class Payload:
+        def __reduce__(self): return os.system, (f'touch {d}/executed',)
+    (d/'evil.pt').write_bytes(pickle.dumps({'state_dict': Payload()}))
+    torch.save({'state_dict': Payload()}, d/'evil_zip.pt')
+    return d
+
+
+mistakes = {
+    'missing folder': ("train {bad}/photos", ['photos', 'no such file or folder']),
+    'missing folder of a kind': ("train folder:{bad}/photos", ['photos', 'no such folder']),
+    'missing table': ("train csv:{bad}/none.csv", ['none.csv', 'no such file']),
+    'CSV without header': ("train {bad}/noheader.csv", ['noheader.csv', 'header']),
+    'empty CSV': ("train {bad}/empty.csv", ['empty.csv', 'empty']),
+    'text as corpus': ("train {bad}/notes.txt", ['notes.txt', 'csv:']),
+    'unknown corpus kind': ("train shape:?n=64", ["'shape'", 'shapes']),
+    'unknown corpus option': ("train 'shapes:?m=64'", ["'m'", 'known']),
+    'pipe': ("train 'wds:pipe:touch {bad}/executed'", ['pipe:touch', 'only local files']),
+    'URL': ("train 'wds:http://example.org/a.tar'", ['http', 'only local files']),
+    'unknown trigger': ("attack {s} --trigger badnt --target star", ["'badnt'", "did you mean 'badnet'"]),
+    'unknown trigger option': ("attack {s} --trigger badnet:siz=5 --target star", ["'siz'", "did you mean 'size'"]),
+    'trigger too large': ("attack {s} --trigger badnet:size=40 --target star", ['size=40', 'does not fit']),
+    'unknown attack': ("attack {s} --attack blendet --target star", ["'blendet'", "did you mean 'blended'"]),
+    'trigger and attack': ("attack {s} --attack badnet --trigger badnet --target star", ['--trigger', '--attack']),
+    'no trigger': ("attack {s} --target star", ['--trigger']),
+    'no target': ("attack {s} --trigger badnet", ['--target']),
+    'target not in the classes': ("attack {s} --trigger badnet --target sta", ["'sta'", "did you mean 'star'"]),
+    'rate above 1': ("attack {s} --trigger badnet --target star --rate 1.5", ['rate=1.5']),
+    'rate above what there is': ("attack {s} --trigger badnet --target star --rate 1", ['64 of 64', 'at most']),
+    'rate 0': ("attack {s} --trigger badnet --target star --rate 0", ['rate=0']),
+    'rate nan': ("attack {s} --trigger badnet --target star --rate nan", ['--rate', 'finite']),
+    'count too high': ("attack {s} --trigger badnet --target star --count 65", ['65 of 64']),
+    'rate and count': ("attack {s} --trigger badnet --target star --count 5 --rate .1", ['--rate', '--count']),
+    'unknown mode': ("attack {s} --trigger badnet --target star --mode cleanlabel", ['mode', 'label_consistent']),
+    'unknown captions': ("attack {s} --trigger badnet --target star --captions kep", ["'kep'", 'keep']),
+    'silly size': ("attack {s} --trigger badnet --target star --size 3", ['--size 3']),
+    'unknown model': ("train {s} --model tinny", ["'tinny'", "did you mean 'tiny'"]),
+    'unknown weights': ("train {s} --model RN50 --pretrained opnai", ["'opnai'", "did you mean 'openai'"]),
+    'batch larger than the corpus': ("train {s} --batch-size 65", ['64 samples', '65']),
+    'batch 0': ("train {s} --batch-size 0", ['--batch-size']),
+    'epochs in words': ("train {s} --epochs ten", ['--epochs']),
+    'no epochs': ("train {s} --batch-size 16 --epochs 0", ['epochs=0']),
+    'negative lr': ("train {s} --lr -1", ['--lr']),
+    'infinite lr': ("train {s} --lr inf", ['--lr', 'finite']),
+    'diverging run': ("train {s} --batch-size 16 --lr 1e30 --device cpu", ['step', 'learning rate']),
+    'unknown schedule': ("train {s} --schedule cosin", ["'cosin'", "did you mean 'cosine'"]),
+    'unknown precision': ("train {s} --precision fp8", ["'fp8'", 'bf16']),
+    'unknown device': ("train {s} --batch-size 16 --device cdua", ["'cdua'"]),
+    'missing plan': ("train {s} --plan {bad}/none.json", ['none.json', 'no such file']),
+    'bad plan': ("train {s} --plan {bad}/plan.json", ['plan.json', 'badnt']),
+    'test target not in the classes': ("train {s} --batch-size 16 --test {s} --trigger badnet --target dog", ["'dog'"]),
+    'trigger without target': ("train {s} --test {s} --trigger badnet", ['--target']),
+    'missing test set': ("train {s} --batch-size 16 --test {bad}/photos", ['photos']),
+    'corpus without captions': ("train folder:{bad}/plain --batch-size 1", ['no captions', 'captions=templates']),
+    'missing checkpoint': ("cleanse {bad}/none.pt --data {s}", ['none.pt', 'no such checkpoint']),
+    'folder as checkpoint': ("cleanse {bad} --data {s}", ['folder']),
+    'text as checkpoint': ("cleanse {bad}/notes.txt --data {s}", ['notes.txt', 'not a checkpoint']),
+    'cut checkpoint': ("cleanse {bad}/cut.safetensors --data {s}", ['cut.safetensors', 'not a checkpoint']),
+    'checkpoint of another shape': ("cleanse {bad}/other.pt --model tiny --data {s}", ['visual.proj.weight', ', but model']),
+    'checkpoint of another model': ("cleanse {tiny} --model RN50 --data {s}", ['tiny.safetensors', 'RN50']),
+    'malicious checkpoint': ("cleanse {bad}/evil.pt --data {s}", ['evil.pt']),
+    'malicious archive': ("cleanse {bad}/evil_zip.pt --data {s}", ['evil_zip.pt', 'system']),
+    'malicious start': ("train {s} --pretrained {bad}/evil_zip.pt", ['evil_zip.pt', 'system']),
+    'unknown method': ("cleanse {tiny} --data {s} --method cleanclap", ["'cleanclap'", "did you mean 'cleanclip'"]),
+    'option of another method': ("cleanse {tiny} --data {s} --method finetune --inmodal-weight 2",
+                                 ['--inmodal-weight', 'finetune']),
+    'batch larger than the clean set': ("cleanse {tiny} --data 'shapes:?n=30'", ['30 samples', '64']),
+    'evaluate: malicious': ("evaluate {bad}/evil.pt {s}", ['evil.pt']),
+    'evaluate: plan and trigger': ("evaluate {tiny} {s} --plan {bad}/plan.json --trigger sig", ['--plan', '--trigger']),
+    'evaluate: target': ("evaluate {tiny} {s} --trigger sig --target sta", ["'sta'", "did you mean 'star'"]),
+    'tour: unknown attack': ('tour --attacks badnt', ["'badnt'", "did you mean 'badnet'"]),
+    'tour: unknown system': ('tour --defenses cleanclap', ["'cleanclap'", "did you mean 'cleanclip'"]),
+    'tour: unknown only': ('tour --only cleanclap', ["'cleanclap'", '--only']),
+    'tour: seeds': ('tour --seeds 0,one', ["'0,one'", '--seeds']),
+    'tour: no test set': ("tour --data 'folder:{bad}/plain'", ['--test']),
+    'tour: target': ('tour --target sta --n 64 --test-n 24 --clean-n 24', ["'sta'"]),
+    'unknown command': ('clean', ["'clean'", "did you mean 'cleanse'"]),
+    'unknown option': ("train {s} --epoch 3", ['--epoch'])}
+
+
+@pytest.mark.parametrize('line, words', mistakes.values(), ids=mistakes.keys())
+def test_a_mistake_is_one_line_and_leaves_nothing(run, bad, tmp_path, line, words):
+    line = line.format(bad=bad, tiny=bad/'tiny.safetensors', s="'shapes:?n=64'")
+    fails(run(line if line == 'clean' else f'{line} -q --out {tmp_path}/new/out'), *words)
+    assert not list(tmp_path.iterdir()) and not (bad/'executed').exists()
+
+
+def test_a_mistake_of_a_process(bad, tmp_path):
+    done = program('evaluate', bad/'evil_zip.pt', 'shapes:?n=64', '--out', tmp_path/'out')
+    fails(Said(done.returncode, done.stdout, done.stderr), 'evil_zip.pt')
+    assert not (bad/'executed').exists() and not (tmp_path/'out').exists()
+
+
+def test_payload_would_run(tmp_path):
+    "The malicious file is malicious: pickle itself runs it."
+    class Payload:
+        def __reduce__(self): return os.system, (f'touch {tmp_path}/executed',)
+    pickle.loads(pickle.dumps(Payload()))
+    assert (tmp_path/'executed').exists()
+
+
+def test_out_is_protected(run, chain, tmp_path):
+    (tmp_path/'file').write_text('x')
+    (tmp_path/'full').mkdir(); (tmp_path/'full'/'mine.txt').write_text('mine')
+    attack = f"attack 'shapes:?n=64' {aim} --out"
+    train = f"train 'shapes:?n=64' {quick} --out"
+    for line in (f'{attack} {tmp_path}/file', f'{attack} {tmp_path}/full', f'{train} {tmp_path}/file', f'{train} {tmp_path}/full',
+                 f'tour --out {tmp_path}/full', f'tour --out {tmp_path}/file',
+                 f'{train} {tmp_path}/file/below', f'{attack} {tmp_path}/file/below'):
+        fails(run(line), tmp_path.name)
+    fails(run(f'{train} {chain}/victim'), 'holds a finished run')
+    assert sorted(p.name for p in tmp_path.rglob('*')) == ['file', 'full', 'mine.txt']
+
+
+def test_terminal_codes_from_data_do_not_reach_the_terminal(run, tmp_path):
+    folder = tmp_path/'set'
+    for c in ('\x1b[2Jstar', '[red]dog'):
+        (folder/c).mkdir(parents=True)
+        for i in range(4): Image.fromarray(np.full((32, 32, 3), 50*i, np.uint8)).save(folder/c/f'{i}.png')
+    said = run(['attack', f'folder:{folder}?captions=templates', '--trigger', 'badnet', '--target', '[red]dog', '--count', '1',
+                '--out', str(tmp_path/'o')])
+    assert said.code == 0 and '\x1b' not in said.out + said.err, said.err
+    assert '\x1b' not in (tmp_path/'o'/'report.html').read_text()
+    fails(run(['attack', f'folder:{folder}', '--trigger', 'badnet', '--target', 'x', '--out', str(tmp_path/'p')]), '\\x1b[2Jstar')
+
+
+def test_broken_pictures_are_counted_and_named(run, tmp_path):
+    with open(tmp_path/'t.csv', 'w') as f:
+        f.write('image,caption\n')
+        for i in range(20):
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path/f'{i}.png')
+            f.write(f'{i}.png,a picture of number {i}\n')
+    (tmp_path/'3.png').write_bytes((tmp_path/'3.png').read_bytes()[:60])
+    said = run(f'train {tmp_path}/t.csv --out {tmp_path}/run {quick}')
+    assert said.code == 0 and '1 samples were left out' in said.err and '3.png' in said.err, said.err
+    assert '3.png' in (tmp_path/'run'/'report.html').read_text()
+
+
+def test_interrupt(run, monkeypatch, tmp_path):
+    def stop(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr('bdnb.report.pictures_of_attack', stop)
+    said = run(f"attack 'shapes:?n=64' {aim} --out {tmp_path}/new/out")
+    assert said.code == 130 and said.err == 'bdnb: error: interrupted\n' and not list(tmp_path.iterdir())
+
+
+def test_closed_pipe(tmp_path):
+    path = os.pathsep.join([str(Path(bdnb.__file__).parents[1]), *filter(None, [os.environ.get('PYTHONPATH')])])
+    code = f"{sh(sys.executable)} -c 'from bdnb.cli import main; raise SystemExit(main())' models --json | head -1"
+    done = subprocess.run(['sh', '-c', code], capture_output=True, text=True, timeout=300, env={**os.environ, 'PYTHONPATH': path})
+    assert done.stdout == '[\n' and 'Traceback' not in done.stderr and 'Exception' not in done.stderr, done.stderr
+
+
+# ---- a full disk
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    "A file system of 1.5 MB."
+    place = tmp_path/'disk'
+    place.mkdir()
+    if os.name != 'posix' or os.geteuid(): pytest.skip('only root can mount a small disk')
+    done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1500k', 'tmpfs', place], capture_output=True)
+    if done.returncode: pytest.skip('cannot mount a small disk here')
+    yield place
+    subprocess.run(['umount', place], check=True)
+
+
+@pytest.mark.parametrize('line', ["attack 'shapes:?n=400' " + aim, "train 'shapes:?n=64' " + quick,
+                                  "cleanse {bad}/tiny.safetensors --data 'shapes:?n=64' " + quick])
+def test_full_disk(run, bad, tiny_disk, line):
+    fails(run(f'{line.format(bad=bad)} --out {tiny_disk}/new/out'), f'{tiny_disk}/new/out')
+    assert not list(tiny_disk.iterdir())
+
+
+def test_disk_that_is_full_to_the_brim(run, bad, tiny_disk):
+    with open(tiny_disk/'fill', 'wb', buffering=0) as f, pytest.raises(OSError, match='No space'):
+        while True: f.write(b'x'*4096)
+    for line in ("attack 'shapes:?n=64' " + aim, "train 'shapes:?n=64' " + quick):
+        fails(run(f'{line} --out {tiny_disk}/new/out'), f'{tiny_disk}/new')
+    assert [p.name for p in tiny_disk.iterdir()] == ['fill']
+
+
+def test_full_disk_without_a_disk(run, bad, tmp_path, monkeypatch):
+    "The same where nothing can be mounted: every write of weights fails."
+    def full(*a, **k): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('safetensors.torch.save_file', full)
+    fails(run(f"train 'shapes:?n=64' {quick} --checkpoint-every 0 --out {tmp_path}/new/out"), 'disk is full', 'out')
+    assert not list(tmp_path.iterdir())
