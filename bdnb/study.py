@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'DEFENSES', 'TABLE_ATTACKS', 'NAMES', 'Recipe', 'make_defense', 'make_recipe', 'study_data', 'train_victim',
            'tour', 'summary', 'defence_table']
 
-# %% ../nbs/app/00_study.ipynb #b51ef351
+# %% ../nbs/app/00_study.ipynb #5460068b
 import copy, json, re, time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -23,7 +23,7 @@ from .models.checkpoint import load_checkpoint, save_checkpoint
 from .objectives.contrastive import ClipObjective
 from .train import fit
 
-# %% ../nbs/app/00_study.ipynb #e9dacb2f
+# %% ../nbs/app/00_study.ipynb #db257c45
 @dataclass(frozen=True)
 class Recipe:
     "Everything a study fixes. Defaults are for ShapeCaps and the tiny model."
@@ -50,8 +50,8 @@ class Recipe:
 _PAIRS = dict(n=0, test_n=0)         # fields that only ShapeCaps uses
 RECIPES = dict(
     shapes=Recipe(),
-    cifar10=Recipe(target='airplane', rate=.02, epochs=8, clean_n=4000, **_PAIRS),
-    flickr8k=Recipe(target='banana', rate=.02, image_size=64, epochs=20, clean_n=1000, **_PAIRS))
+    cifar10=Recipe(target='airplane', epochs=8, **_PAIRS),
+    flickr8k=Recipe(target='banana', image_size=64, epochs=15, clean_n=1000, **_PAIRS))
 DEFENSES = dict(finetune=FineTune, cleanclip=CleanCLIP)
 TABLE_ATTACKS = list(ATTACKS)
 
@@ -71,7 +71,7 @@ def make_recipe(name='shapes', **changes):
         if o not in known: raise BdnbError(f"a recipe has no field '{o}'; {did_you_mean(o, known)}")
     return replace(RECIPES[name], **changes)
 
-# %% ../nbs/app/00_study.ipynb #b40959e3
+# %% ../nbs/app/00_study.ipynb #b7bc6dac
 def study_data(data, # 'shapes', or a corpus specification of the training set
                recipe, seed, # the split follows from the seed
                test=None, # corpus specification; needed unless data is 'shapes'
@@ -89,7 +89,7 @@ def study_data(data, # 'shapes', or a corpus specification of the training set
     held, rest = train.split(recipe.clean_n/len(train), seed)
     return rest, held, test
 
-# %% ../nbs/app/00_study.ipynb #ea631a75
+# %% ../nbs/app/00_study.ipynb #6be89ddc
 def train_victim(corpus, # poisoned (or not), with captions
                  recipe, seed=0, out=None, quiet=False, **options): # options go to `fit`
     "A CLIP trained from scratch on `corpus`: (model, History, seconds)."
@@ -105,7 +105,7 @@ def _peak_bytes():
     import resource, sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
-# %% ../nbs/app/00_study.ipynb #9ed3b4eb
+# %% ../nbs/app/00_study.ipynb #c39c5c91
 @dataclass
 class _Case:
     "One attack on one seed's data."
@@ -153,7 +153,7 @@ class _Case:
                                   rate=self.recipe.rate, before=before, after=after, seconds=seconds, peak_bytes=_peak_bytes()))
         return read_json(path)
 
-# %% ../nbs/app/00_study.ipynb #02321776
+# %% ../nbs/app/00_study.ipynb #dffc6111
 def _same_study(out, settings):
     "One folder holds one study: its settings are written once and must not change."
     path, settings = out/'study.json', json.loads(json.dumps(settings))
@@ -167,7 +167,7 @@ def _same_study(out, settings):
 
 def _data_name(data): return data if data == 'shapes' else Path(data.split('?')[0].partition(':')[2]).name or data
 
-# %% ../nbs/app/00_study.ipynb #8b0f2940
+# %% ../nbs/app/00_study.ipynb #5f7192b7
 def tour(out, # folder for models, logs and rows; a finished row is never done again
          data='shapes', # 'shapes', or a corpus specification, e.g. 'folder:cifar/train?captions=templates'
          test=None, clean=None, # corpus specifications, see `study_data`
@@ -198,7 +198,7 @@ def tour(out, # folder for models, logs and rows; a finished row is never done a
     if results: write_json(results, {'study': Path(results).stem, **stamp(), 'recipe': asdict(recipe), 'rows': rows})
     return rows
 
-# %% ../nbs/app/00_study.ipynb #c8efca97
+# %% ../nbs/app/00_study.ipynb #ab1b3808
 def summary(rows, # of `tour`, or of a results file
             keys=('ca', 'asr')): # metrics to show
     "Mean and spread over seeds: list of dicts (data, attack, system, seeds, and for each key its mean and standard deviation)."
@@ -214,7 +214,7 @@ def summary(rows, # of `tour`, or of a results file
         out.append(row)
     return out
 
-# %% ../nbs/app/00_study.ipynb #71d65502
+# %% ../nbs/app/00_study.ipynb #ef7bc1ac
 NAMES = dict(none='no defence', finetune='fine-tuning', cleanclip='CleanCLIP')
 
 def defence_table(rows, # of `tour`, or of a results file
