@@ -8,7 +8,7 @@ __all__ = ['app', 'AsJson', 'command_line', 'main', 'check_out', 'tidy', 'runnin
            'check_learning', 'check_captions', 'pick_device', 'open_at', 'measure', 'shots', 'new_folder', 'attack',
            'train', 'cleanse', 'evaluate', 'tour']
 
-# %% ../nbs/app/02_cli.ipynb #1f119fd7
+# %% ../nbs/app/02_cli.ipynb #42b8d4ba
 import math, os, re, shlex, shutil, sys, time, warnings
 from contextlib import contextmanager
 from dataclasses import fields
@@ -19,7 +19,7 @@ import typer
 
 from .core import BdnbError, did_you_mean, read_json, write_json
 
-# %% ../nbs/app/02_cli.ipynb #a2f41f4c
+# %% ../nbs/app/02_cli.ipynb #09a5957c
 app = typer.Typer(name='bdnb', add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
                   help='Find, measure and remove backdoors in CLIP models, self-supervised encoders and image classifiers.')
 
@@ -33,7 +33,7 @@ def _version(wanted:bool):
 def _common(version:Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Its version.')]=False):
     return
 
-# %% ../nbs/app/02_cli.ipynb #52ff8dc2
+# %% ../nbs/app/02_cli.ipynb #1dc4095f
 _DISK_ERRORS = 'ENOSPC EDQUOT EROFS EIO EFBIG EACCES EPERM ENOTDIR EISDIR ENAMETOOLONG ENOENT EEXIST ELOOP'.split()
 
 def _reason(e):
@@ -54,7 +54,7 @@ def _usage(message):
 def _warn(message, category, *rest):
     if issubclass(category, UserWarning): print(f'bdnb: warning: {BdnbError(message)}', file=sys.stderr)
 
-# %% ../nbs/app/02_cli.ipynb #9222c3af
+# %% ../nbs/app/02_cli.ipynb #861574cb
 _ARGS = []      # of the running command
 
 def command_line()->str: # for the report
@@ -79,7 +79,7 @@ def main(args:list=None)->int: # exit code; the arguments are the process's own 
         print(f'bdnb: error: {BdnbError(found[0])}', file=sys.stderr)
         return found[1]
 
-# %% ../nbs/app/02_cli.ipynb #4e3feb15
+# %% ../nbs/app/02_cli.ipynb #eb845856
 def _rank(): return int(os.environ.get('RANK') or 0)          # of this process under torchrun or accelerate launch
 
 def check_out(
@@ -131,7 +131,7 @@ def running(
             write_json(out/'config.json', config)
         yield out
 
-# %% ../nbs/app/02_cli.ipynb #ab36e497
+# %% ../nbs/app/02_cli.ipynb #fd39e1b3
 def describe_run(run, title, options, corpus=None):
     "What config.json says of a run."
     from bdnb.core import stamp
@@ -154,7 +154,7 @@ def finish(run, metrics=None, model=None, pictures=None, skipped=(), **meta):
     (run/'checkpoint.pt').unlink(missing_ok=True)              # only now is it no longer needed
     print(f'report: {page}')
 
-# %% ../nbs/app/02_cli.ipynb #4818d7ad
+# %% ../nbs/app/02_cli.ipynb #7fdb53d1
 def plain(value)->str:
     "Text for a terminal: control characters become their escapes."
     return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'backslashreplace').decode() for c in str(value))
@@ -168,7 +168,8 @@ def show(title, columns, rows, right=()):
     table = Table(title=Text(plain(title), style='bold'), title_justify='left', box=box.SIMPLE_HEAD, pad_edge=False)
     for c in columns: table.add_column(c, justify='right' if c in right else 'left', overflow='fold')
     for row in rows: table.add_row(*[Text(plain(v)) for v in row])
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    tty = sys.stdout.isatty()
+    Console(width=None if tty else 120, force_terminal=tty, force_jupyter=False).print(table)
 
 def show_metrics(title, results, number, target=None):
     "Print every number with what it is out of."
@@ -185,7 +186,7 @@ def told(skipped):
     "Say on stderr that samples were left out."
     if skipped: print(f'bdnb: {len(skipped):,} samples were left out; the first: {plain(skipped[0][1])}', file=sys.stderr)
 
-# %% ../nbs/app/02_cli.ipynb #4c4ccd6d
+# %% ../nbs/app/02_cli.ipynb #80d6c428
 AsJson = Annotated[bool, typer.Option('--json', help='Print JSON.')]
 
 def _print_json(obj):
@@ -217,7 +218,7 @@ def triggers(as_json:AsJson=False):
          [(t['name'], t['what'], ' '.join(f'{k}={value(v)}' for k, v in t['options'].items()), t['source']) for t in found])
     show('Attacks (--attack)', ('name', 'trigger', 'mode'), [(n, t, m) for n, (t, m) in recipes.items()])
 
-# %% ../nbs/app/02_cli.ipynb #37e8800e
+# %% ../nbs/app/02_cli.ipynb #cbf44751
 def _model_facts(name):
     "Picture size, embedding width and published weights of a model."
     import open_clip
@@ -239,7 +240,7 @@ def models(word:Annotated[Optional[str], typer.Argument(help='Only names with th
          [(f['name'], cell(f['image_size']), cell(f['embed_dim']), ' '.join(f['pretrained'])) for f in found],
          right=('pictures', 'embedding'))
 
-# %% ../nbs/app/02_cli.ipynb #27ca3599
+# %% ../nbs/app/02_cli.ipynb #0a399074
 def _finite(value:Optional[float]):
     if value is not None and not math.isfinite(value): raise typer.BadParameter('must be a finite number')
     return value
@@ -278,7 +279,7 @@ class _O:
     device = _option(str, '--device', help='cpu, to stay off an accelerator.')
     quiet = _flag('--quiet', '-q', help='No progress bars.')
 
-# %% ../nbs/app/02_cli.ipynb #f3b1b588
+# %% ../nbs/app/02_cli.ipynb #fd4f2587
 def aim(trigger, target, plan):
     "(trigger or None, target or None) from --trigger and --target, or from --plan."
     from bdnb.attacks.poisoning import Poisoning
@@ -311,7 +312,7 @@ def check_captions(corpus, batch_size):
     if corpus.texts is None: raise BdnbError(f'{name}: it has no captions; add captions=templates to make them from class names')
     if batch_size > n: raise BdnbError(f'{name}: {n:,} samples do not fill one batch of {batch_size}; lower --batch-size')
 
-# %% ../nbs/app/02_cli.ipynb #d5beae39
+# %% ../nbs/app/02_cli.ipynb #9ba52eb2
 def pick_device(device):
     "The device of this process."
     import torch
@@ -344,7 +345,7 @@ def shots(test, trigger, size, n=4):
     from bdnb.report import pictures_of
     return {} if test is None or trigger is None else {f'{trigger}': pictures_of(test, trigger, n, size)}
 
-# %% ../nbs/app/02_cli.ipynb #a77d653b
+# %% ../nbs/app/02_cli.ipynb #c4be20ac
 def _plan(trigger, recipe, target, rate, count, mode, captions, seed):
     "The `Poisoning` that the options of `bdnb attack` describe."
     from bdnb.attacks.poisoning import make_attack
@@ -373,7 +374,7 @@ def _write_attack(folder, out, corpus, poisoned, config):
     save_pictures(folder, {f'{plan.trigger}': pictures_of_attack(corpus, poisoned, 8)})
     write_report(folder)
 
-# %% ../nbs/app/02_cli.ipynb #80588c35
+# %% ../nbs/app/02_cli.ipynb #a43e7e2d
 @contextmanager
 def new_folder(out):
     "`atomic_folder`, with the folders above it going away again when the body fails."
@@ -414,7 +415,7 @@ def attack(corpus:_O.corpus, target:_needed(str, '--target', help='The class, wo
     told(clean.skipped)
     print(f"{plain(text.replace(chr(10), '; '))}\ntable: {out/'captions.csv'}\nreport: {out/'report.html'}")
 
-# %% ../nbs/app/02_cli.ipynb #c8a60747
+# %% ../nbs/app/02_cli.ipynb #e87704c1
 def _poisoned(corpus, plan):
     "The corpus with a plan applied on the fly."
     from bdnb.attacks.poisoning import Poisoning
@@ -429,7 +430,7 @@ def _learn(model, corpus, out, quiet, seed, batch_size, workers, **options):
     fit(model, ClipObjective(), batches, seed=seed, out=out, quiet=quiet or bool(_rank()), betas=(.9, .98), **options)
     return round(time.time() - start, 1)
 
-# %% ../nbs/app/02_cli.ipynb #8881fc1e
+# %% ../nbs/app/02_cli.ipynb #c4412c46
 @app.command()
 def train(corpus:_O.corpus, out:_O.out=Path('runs/train'), model:_O.model='tiny',
           pretrained:_option(str, '--pretrained', help='Start from a checkpoint file or an open_clip tag.')=None,
@@ -463,7 +464,7 @@ def train(corpus:_O.corpus, out:_O.out=Path('runs/train'), model:_O.model='tiny'
 
 def _stay(device): return 'cpu' if device == 'cpu' else None       # what `fit` understands
 
-# %% ../nbs/app/02_cli.ipynb #7f3bee0e
+# %% ../nbs/app/02_cli.ipynb #731cc78b
 def _defense(method, given):
     "The defence with the options that were given; one that it does not have is an error."
     from bdnb.study import DEFENSES, make_defense
@@ -488,7 +489,7 @@ def _cleanse(run, net, defense, clean, held, head, trigger, target, quiet, **opt
     pictures = shots(held, trigger, net.image_size)
     finish(run, result, done.model, pictures, clean.skipped, cleansed_by=repr(defense), cleansed_on=clean.name)
 
-# %% ../nbs/app/02_cli.ipynb #ecc64c4a
+# %% ../nbs/app/02_cli.ipynb #d7722d15
 @app.command()
 def cleanse(checkpoint:_O.checkpoint, data:_needed(str, '--data', help='Clean pictures with captions.'),
             out:_O.out=Path('runs/cleanse'),
@@ -517,7 +518,7 @@ def cleanse(checkpoint:_O.checkpoint, data:_needed(str, '--data', help='Clean pi
         _cleanse(run, net, defense, clean, held, head, stamp, goal, quiet, **how)
     told(clean.skipped)
 
-# %% ../nbs/app/02_cli.ipynb #c941e8ae
+# %% ../nbs/app/02_cli.ipynb #2f5919d6
 @app.command()
 def evaluate(checkpoint:_O.checkpoint, corpus:_O.corpus, trigger:_O.trigger=None, target:_O.target=None, plan:_O.plan=None,
              probe:_O.probe=None, model:_O.architecture=None,
@@ -543,7 +544,7 @@ def evaluate(checkpoint:_O.checkpoint, corpus:_O.corpus, trigger:_O.trigger=None
     with running(out, config) as run:
         finish(run, dict(target=goal, after=metrics, counts=number), None, shots(test, stamp, net.image_size), test.skipped)
 
-# %% ../nbs/app/02_cli.ipynb #872a1a50
+# %% ../nbs/app/02_cli.ipynb #0b7e6dc8
 def _names(text): return [w.strip() for w in (text or '').split(',') if w.strip()]
 
 def _whole_numbers(option, text):
@@ -578,7 +579,7 @@ def _show_tour(rows):
              for (data, attack), group in mean_over_seeds(rows).items() for system, f in group.items()]
     show('Tour', ('data', 'attack', 'system', 'seeds', *keys), lines, right=('seeds', *keys))
 
-# %% ../nbs/app/02_cli.ipynb #0227613d
+# %% ../nbs/app/02_cli.ipynb #26f60c9e
 @app.command()
 def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and report; finished rows are kept.')=Path('runs/tour'),
          data:_option(str, '--data', help='shapes, or a corpus.')='shapes', test:_O.test=None,
@@ -614,6 +615,6 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
     _show_tour(rows)
     finish(out, dict(rows=rows), pictures=pictures)
 
-# %% ../nbs/app/02_cli.ipynb #c95883e3
+# %% ../nbs/app/02_cli.ipynb #e4f59d7e
 _ORDER = 'attack', 'train', 'cleanse', 'evaluate', 'tour', 'corpora', 'triggers', 'models'
 app.registered_commands.sort(key=lambda c: _ORDER.index(c.name or c.callback.__name__))
