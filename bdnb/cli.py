@@ -609,7 +609,8 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):
         raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
     pictures = _tour_pictures(study, data, test, wanted, numbers[0])
-    with tidy(out): rows = run_tour(out, data, test, clean, wanted, systems, numbers, results, study, quiet=quiet)
+    name = None if recipe == 'shapes' else recipe                       # what the rows call the data
+    with tidy(out): rows = run_tour(out, data, test, clean, wanted, systems, numbers, results, study, name, quiet)
     title = f"{', '.join(wanted)} against {', '.join(systems)}"
     write_json(out/'config.json', describe_run('tour', title, {**options, **vars(study)}))
     _show_tour(rows)
