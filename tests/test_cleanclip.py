@@ -73,7 +73,7 @@ def first_batch(n=7, seed=0): return next(Batches(ShapeCaps(32), n, seed=seed).e
 
 @pytest.mark.parametrize('make, together', [(fresh, False), (lambda: fresh('batch'), True), (open_clip_model, True)])
 def test_loss_is_the_formula(make, together):
-    "Cropped texts, one call for both views: the formula with 77 places (and separate calls, where the norm does not mix samples)."
+    "Cropped texts, one call for both views: the formula with 77 places (and separate calls, where no norm mixes samples)."
     model, batch = make().double().train(), first_batch()
     want = formula(model, batch.images, batch.texts, *views_of(batch), together)
     got = CleanClipObjective(2., 3., view)(InDouble(model), batch)
@@ -134,7 +134,8 @@ def test_negatives_are_the_other_views_only():
     "Not SimCLR: another clean picture that equals mine costs nothing, another view that equals mine costs log 2."
     e, s = torch.eye(4, dtype=torch.float64), torch.tensor(50., dtype=torch.float64)
     twins = e[[0, 0, 1, 2]]
-    assert inmodal_loss(twins, e, twins, e, s).item() == pytest.approx(.5*.5*math.log(2), abs=1e-9)     # two rows of four, one term of two
+    half_the_rows_of_one_term = .5*.5*math.log(2)
+    assert inmodal_loss(twins, e, twins, e, s).item() == pytest.approx(half_the_rows_of_one_term, abs=1e-9)
     assert inmodal_loss(e, e, e, e, s).item() < 1e-9
 
 
@@ -142,10 +143,12 @@ def test_duplicates_in_a_batch():
     "The same pair twice: defined by the formula (the diagonal is right), finite, and not below what a tie costs."
     model, batch = fresh().double(), first_batch(6)
     index = torch.tensor([0, 1, 1, 2, 3, 1])
-    double = type(batch)(batch.images[index], [batch.texts[k] for k in index], None, [batch.keys[k] for k in index], index, batch.seed)
+    pick = lambda column: [column[k] for k in index]
+    double = type(batch)(batch.images[index], pick(batch.texts), None, pick(batch.keys), index, batch.seed)
     images, texts = CleanClipObjective(text_view=view).views(double)
     assert texts[1] == texts[2] == texts[5]
-    got, want = CleanClipObjective(text_view=view)(InDouble(model), double), formula(model, double.images, double.texts, images, texts)
+    got = CleanClipObjective(text_view=view)(InDouble(model), double)
+    want = formula(model, double.images, double.texts, images, texts)
     for k in got: assert got[k].item() == pytest.approx(want[k], abs=1e-9) and got[k].item() >= .5*math.log(3)/2
     assert gradients(InDouble(model), CleanClipObjective(text_view=view), double).isfinite().all()
 
@@ -153,9 +156,10 @@ def test_duplicates_in_a_batch():
 def test_views_of_text_and_picture():
     "One caption view a run, a picture view a visit; the seed and the key decide, not the order."
     a, b = (next(Batches(ShapeCaps(24), 24, seed=s).epoch(e)) for s, e in ((0, 0), (0, 1)))
-    keep, redraw = CleanCLIP(text_backend='packaged').objective(), CleanCLIP(text_backend='packaged', redraw_text=True).objective()
+    keep, redraw = (CleanCLIP(text_backend='packaged', redraw_text=r).objective() for r in (False, True))
     by_key = lambda o, x: dict(zip(x.keys, o.views(x)[1]))
-    assert by_key(keep, a) == by_key(keep, b) and by_key(redraw, a) != by_key(redraw, b) and by_key(redraw, a) == by_key(redraw, a)
+    assert by_key(keep, a) == by_key(keep, b)
+    assert by_key(redraw, a) != by_key(redraw, b) and by_key(redraw, a) == by_key(redraw, a)
     other = CleanCLIP(seed=1, text_backend='packaged').objective()
     assert by_key(other, a) != by_key(keep, a) == by_key(CleanCLIP(text_backend='packaged').objective(), a)
     pictures = {k: x for k, x in zip(a.keys, keep.views(a)[0])}
@@ -218,7 +222,8 @@ def test_a_stopped_cure_goes_on(defense, tmp_path):
     whole = defense.cleanse(one, corpus, device='cpu')
     with pytest.raises(Stop): defense.cleanse(fresh('batch'), corpus, tmp_path, checkpoint_every=2, device='cpu', on_epoch=stop)
     again = defense.cleanse(two, corpus, tmp_path, checkpoint_every=2, device='cpu')
-    assert all(torch.equal(v, two.state_dict()[k]) for k, v in state(one).items()) and whole.history.last() == again.history.last()
+    assert all(torch.equal(v, two.state_dict()[k]) for k, v in state(one).items())
+    assert whole.history.last() == again.history.last()
     assert not one.training and again.model is two and whole.seconds > 0
     if whole.head is not None: assert torch.equal(whole.head.weight, again.head.weight)
     with pytest.raises(BdnbError, match='other settings'):
@@ -249,6 +254,7 @@ def test_head_is_measured_as_a_classifier():
     assert torch.allclose(head_logits(model, head, corpus, trigger, batch=7), triggered, atol=1e-5)
     share = lambda hits: hits.double().mean().item()
     assert found['ca'] == pytest.approx(share(clean == y)) and found['asr_n'] == int((y != star).sum())
-    assert found['asr'] == pytest.approx(share(dirty[y != star] == star)) and found['asr_all'] == pytest.approx(share(dirty == star))
+    assert found['asr'] == pytest.approx(share(dirty[y != star] == star))
+    assert found['asr_all'] == pytest.approx(share(dirty == star))
     assert found['target_recall'] == pytest.approx(share(clean[y == star] == star))
     assert set(evaluate_head(model, head, corpus)) == {'ca'}

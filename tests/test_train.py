@@ -148,8 +148,8 @@ def test_kill_while_a_checkpoint_is_written(whole, tmp_path):
 
 
 def short(model, out, objective=None, n=99, **options):
-    options = dict(steps=6, lr=1e-3, checkpoint_every=2, log_every=4, device='cpu') | options
-    return fit(model, Stops(objective or ClipObjective(), n), options.pop('batches', None) or Batches(corpus(), 16), out=out, **options)
+    options = dict(steps=6, lr=1e-3, checkpoint_every=2, log_every=4, device='cpu', batches=Batches(corpus(), 16)) | options
+    return fit(model, Stops(objective or ClipObjective(), n), out=out, **options)
 
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -198,14 +198,16 @@ def stopped(tmp_path_factory):
 
 
 @pytest.mark.parametrize('name, change', [
-    ('lr', dict(lr=2e-3)), ('steps', dict(steps=4)), ('schedule', dict(schedule='constant')), ('precision', dict(precision='bf16')),
-    ('seed', dict(seed=1)), ('objective', dict(objective=Weighted(2.))), ('objective', dict(objective=Weighted(view=math.cos))),
+    ('lr', dict(lr=2e-3)), ('steps', dict(steps=4)), ('schedule', dict(schedule='constant')), ('seed', dict(seed=1)),
+    ('precision', dict(precision='bf16')), ('objective', dict(objective=Weighted(2.))),
+    ('objective', dict(objective=Weighted(view=math.cos))),
     ('batch_size', dict(batches=lambda: Batches(corpus(), 8))), ('order', dict(batches=lambda: Batches(corpus(), 16, seed=1))),
     ('corpus', dict(batches=lambda: Batches(ShapeCaps(48, seed=1), 16))),
     ('corpus', dict(batches=lambda: Batches(corpus().with_captions('a {}'), 16)))])
 def test_resume_with_other_settings_is_refused(stopped, name, change):
     before, change = (stopped/'checkpoint.pt').read_bytes(), {k: v() if k == 'batches' else v for k, v in change.items()}
-    options = dict(objective=Weighted(), batches=Batches(corpus(), 16), steps=3, lr=1e-3, checkpoint_every=2, device='cpu') | change
+    options = dict(objective=Weighted(), batches=Batches(corpus(), 16), steps=3, lr=1e-3, checkpoint_every=2, device='cpu')
+    options |= change
     with pytest.raises(BdnbError, match=rf'other settings \({name} was .*checkpoint|checkpoint.*other settings \(.*{name} was '):
         fit(fresh(), out=stopped, **options)
     assert (stopped/'checkpoint.pt').read_bytes() == before
@@ -213,7 +215,8 @@ def test_resume_with_other_settings_is_refused(stopped, name, change):
 
 def test_settings_do_not_depend_on_the_process():
     "What is told apart by its address in memory would be refused by every other process."
-    text = train._settled(dict(a=CleanClipObjective(image_view=math.sqrt), b=(1, 2.5, None), c=torch.ones(2), d=fresh(), e=lambda: 0))
+    objective = CleanClipObjective(image_view=math.sqrt)
+    text = train._settled(dict(a=objective, b=(1, 2.5, None), c=torch.ones(2), d=fresh(), e=lambda: 0))
     assert '0x' not in text and 'inmodal_weight=1.0' in text and 'sqrt' in text
     assert train._settled(torch.ones(2)) != train._settled(torch.zeros(2))
 
@@ -226,7 +229,8 @@ class Evil:
 def test_bad_checkpoint_is_refused(stopped, tmp_path, monkeypatch, what):
     monkeypatch.chdir(tmp_path)
     path, good = tmp_path/'checkpoint.pt', (stopped/'checkpoint.pt').read_bytes()
-    path.write_bytes({'truncated': good[:len(good)//2], 'empty': b'', 'text': b'hello', 'pickle': pickle.dumps(Evil())}.get(what, good))
+    contents = {'truncated': good[:len(good)//2], 'empty': b'', 'text': b'hello', 'pickle': pickle.dumps(Evil(), protocol=2)}
+    path.write_bytes(contents.get(what, good))
     if what == 'foreign': torch.save(fresh().state_dict(), path)
     model = ClipModel(tiny_clip(width=16, norm='group'), 'tiny') if what == 'other model' else fresh()
     with pytest.raises(BdnbError, match='checkpoint.pt: '):
@@ -236,7 +240,8 @@ def test_bad_checkpoint_is_refused(stopped, tmp_path, monkeypatch, what):
 
 @pytest.mark.parametrize('options, words', [
     (dict(precision='fp16'), 'fp16 needs a GPU'), (dict(lr=-1.), 'lr=-1'), (dict(lr=math.nan), 'lr=nan'),
-    (dict(log_every=0), 'log_every=0'), (dict(steps=0), 'no training at all'), (dict(epochs=1), 'either epochs or steps'), (dict(optimizer='adam'), "did you mean 'adamw'"),
+    (dict(log_every=0), 'log_every=0'), (dict(steps=0), 'no training at all'), (dict(epochs=1), 'either epochs or steps'),
+    (dict(optimizer='adam'), "did you mean 'adamw'"),
     (dict(grad_accum=0), 'grad_accum=0'), (dict(schedule='cos'), 'unknown schedule')])
 def test_bad_options(options, words):
     options = dict(steps=1, device='cpu') | options
@@ -253,7 +258,8 @@ def test_batches_that_do_not_divide():
     share = train._share(Batches(corpus(), 16), two)
     assert (share.rank, share.world_size) == (1, 2) and len(next(share.epoch(0))) == 8
     with pytest.raises(BdnbError, match='batch_size 15 does not divide by 2'): train._share(Batches(corpus(), 15), two)
-    with pytest.raises(BdnbError, match='last batch of 3 .* drop_last'): train._share(Batches(corpus(35), 16, drop_last=False), two)
+    with pytest.raises(BdnbError, match='last batch of 3 .* drop_last'):
+        train._share(Batches(corpus(35), 16, drop_last=False), two)
     train._share(Batches(corpus(36), 16, drop_last=False), two)
 
 
@@ -412,7 +418,7 @@ def in_step(objective, optimizer, out=None, n=99):
     "Five steps; group norm, because batch norm's statistics are those of a process's own slice."
     model = fresh('group')
     history = fit(model, Stops(objective, n), Batches(corpus(), 16, seed=1), steps=5, lr=.01 if optimizer == 'sgd' else 1e-3,
-                  eps=1e-6, optimizer=optimizer, max_norm=5., log_every=2, out=out, checkpoint_every=2 if out else None, device='cpu')
+                  eps=1e-6, optimizer=optimizer, max_norm=5., log_every=2, out=out, checkpoint_every=2, device='cpu')
     return model, history
 
 
