@@ -185,7 +185,7 @@ def main():
     if o.flickr:
         with tempfile.TemporaryDirectory() as folder: rows += race_data(o, Path(folder))
     for r in rows: print('{what}: {ours_value:.2f} against {peer_value:.2f} steps/s of {peer}: {ratio:.2f} times'.format(**r))
-    words = [Path(w).name if w == o.flickr else w for w in sys.argv[1:] if w != o.out]
+    words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
     write_json(o.out, dict(study='race-fit', **stamp(' '.join(['python bench/fit.py', *words])), rows=rows,
                            clock='cpu' if o.cpu else 'wall', threads=o.threads, blocks=o.blocks, steps=o.steps))
 
