@@ -444,7 +444,7 @@ def test_two_processes_are_one(tmp_path):
         port = s.getsockname()[1]
     pair = [fork.Process(target=one_of_two, args=(r, port, tmp_path)) for r in (0, 1)]
     for p in pair: p.start()
-    for p in pair: p.join(300)
+    for p in pair: p.join(900)
     assert [p.exitcode for p in pair] == [0, 0]
     for k, case in enumerate(CASES):
         first, second = (torch.load(tmp_path/f'{k}-{r}.pt', weights_only=True) for r in (0, 1))

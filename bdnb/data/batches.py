@@ -113,6 +113,14 @@ def _gather(corpus, index, size):
     labels = None if corpus.labels is None else torch.from_numpy(corpus.labels[at])
     return images, pick(corpus.texts), labels, pick(corpus.keys), index
 
+def _drawn(corpus, texts, keys, index, seed, epoch):
+    "One of each picture's captions, a function of (seed, epoch, key)."
+    captions = getattr(corpus, 'captions', None)
+    if not (captions and texts): return texts
+    choices = [captions[i] for i in index.tolist()]
+    draw = lambda key, n: derive_seed(seed, 'caption', epoch, key) % n
+    return [c[draw(k, len(c))] if len(c) > 1 else t for t, c, k in zip(texts, choices, keys)]
+
 def _decode(corpus, order, positions, size, batch_size, workers, skipped):
     "Batches of a corpus that has to be decoded; bad samples are written into the dict `skipped`."
     name = getattr(corpus, 'name', 'corpus')
@@ -165,13 +173,6 @@ class Batches:
         if self.text_view is None or texts is None: return None
         return self.text_view(texts, keys, epoch) if getattr(self.text_view, 'redraw', False) else self.text_view(texts, keys)
 
-    def _drawn(self, texts, keys, index, epoch):
-        "One of each picture's captions, a function of (seed, epoch, key)."
-        captions = getattr(self.corpus, 'captions', None)
-        if not (self.draw_captions and captions and texts): return texts
-        choices = [captions[i] for i in index.tolist()]
-        return [c[derive_seed(self.seed, 'caption', epoch, k) % len(c)] if len(c) > 1 else t for t, c, k in zip(texts, choices, keys)]
-
     def epoch(self,
         e:int,              # epoch number, from 0
         start_step:int=0,   # the first step wanted: where to go on after an interruption
@@ -185,6 +186,6 @@ class Batches:
         if in_memory: parts = (_gather(self.corpus, order[p.start:p.stop], self.size) for p in positions)
         else: parts = _decode(self.corpus, order, positions, self.size, b, self.workers, self._bad)
         for k, (first, _, total), (images, texts, labels, keys, index) in zip(steps, rows, parts):
-            texts = self._drawn(texts, keys, index, e)
+            if self.draw_captions: texts = _drawn(self.corpus, texts, keys, index, self.seed, e)
             yield Batch(images, texts, labels, keys, index, derive_seed(self.seed, e, k), e, k, r, w, (first, total),
                         self._view(texts, keys, e))

@@ -102,8 +102,22 @@ def default_tokenizer(context_length:int=77) -> Tokenizer:
     import open_clip
     return Tokenizer(open_clip.SimpleTokenizer(), context_length)
 
+# %% ../../nbs/models/01_build.ipynb #7a31c0de
+class _Parts:
+    "What belongs to which tower of a `ClipModel`."
+    def image_parameters(self) -> list: # of nn.Parameter
+        "The image tower's parameters."
+        return list(self.net.visual.parameters())
+    def text_parameters(self) -> list: # of nn.Parameter
+        "The text tower's parameters. `logit_scale` belongs to neither tower."
+        return [p for k, p in self.net.named_parameters() if text_weight(k)]
+    def text_key(self) -> str: # 16 hex digits
+        "A hash of everything that decides text features: equal keys, equal class embeddings."
+        state = {k: v for k, v in self.net.state_dict().items() if text_weight(k)}
+        return weights_hash(state, self.name, self.context_length)
+
 # %% ../../nbs/models/01_build.ipynb #e36109f3
-class ClipModel(nn.Module):
+class ClipModel(_Parts, nn.Module):
     """An open_clip network with its name, picture size, normalisation and tokenizer.
 
     `net.state_dict()` has open_clip's keys; `mean` and `std` are buffers [3] outside of any state dict."""
@@ -159,17 +173,6 @@ class ClipModel(nn.Module):
         "Pictures (uint8 or 0..1) and tokens, either may be None -> (image features | None, text features | None, exp(scale))."
         return (None if images is None else self.encode_image(self.normalise(images)),
                 None if tokens is None else self.encode_text(tokens), self.logit_scale.exp())
-
-    def image_parameters(self) -> list: # of nn.Parameter
-        "The image tower's parameters."
-        return list(self.net.visual.parameters())
-    def text_parameters(self) -> list: # of nn.Parameter
-        "The text tower's parameters. `logit_scale` belongs to neither tower."
-        return [p for k, p in self.net.named_parameters() if text_weight(k)]
-    def text_key(self) -> str: # 16 hex digits
-        "A hash of everything that decides text features: equal keys, equal class embeddings."
-        state = {k: v for k, v in self.net.state_dict().items() if text_weight(k)}
-        return weights_hash(state, self.name, self.context_length)
 
 # %% ../../nbs/models/01_build.ipynb #89caec51
 def list_models() -> list[str]: # names for `create_model`
