@@ -30,7 +30,7 @@ def main():
         ax.set_title(name.replace('_', ' ') + words, fontsize=9)
     plt.tight_layout()
     (top/'nbs'/'images').mkdir(exist_ok=True)
-    fig.savefig(top/'nbs'/'images'/'attacks.png', dpi=110)
+    fig.savefig(top/'nbs'/'images'/'attacks.png', dpi=80, bbox_inches='tight')
 
 
 if __name__ == '__main__': main()
