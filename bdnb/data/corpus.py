@@ -76,7 +76,7 @@ class Corpus:
 
     def _image(self, i, size=None, fit='crop'):
         "Image `i` as uint8 [3, H, W], square when `size` is given; raises `BadImage`."
-        raise NotImplementedError(f'{type(self).__name__} must define _image')
+        raise TypeError(f'{type(self).__name__} must define _image')
 
     def __len__(self): return len(self.keys)
 
