@@ -211,7 +211,7 @@ def test_subsets_are_cheap_and_pickle():
 
 
 def test_base_corpus_is_abstract():
-    with pytest.raises(NotImplementedError, match='_image'): Corpus(['a'])[0]
+    with pytest.raises(TypeError, match='_image'): Corpus(['a'])[0]
 
 
 # ---------------------------------------------------------------- files whole or absent
