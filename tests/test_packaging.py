@@ -39,7 +39,6 @@ def test_import_is_quick():
     assert printed.strip() == cfg['version'] and seconds < 1, f'import bdnb took {seconds:.2f} s'
 
 
-@pytest.mark.skipif(not (top/'bdnb/cli.py').exists(), reason='bdnb/cli.py does not exist yet')
 def test_help_is_quick():
     seconds, printed = best_of_three('import sys; sys.argv = ["bdnb", "--help"]; from bdnb.cli import main; main()')
     assert 'bdnb' in printed and 'tour' in printed
