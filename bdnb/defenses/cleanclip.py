@@ -14,7 +14,7 @@ from ..core import BdnbError, track
 from ..data.batches import Batches
 from ..data.text import TextView
 from ..evaluate import accuracy, as_arrays, attack_success, measuring, target_quality, trigger_seeds
-from ..objectives.classify import Classifier, CrossEntropyObjective, frozen, make_head
+from ..objectives.classify import CrossEntropyObjective, TowerClassifier, frozen, make_head
 from ..objectives.contrastive import ClipObjective, CleanClipObjective
 from ..train import History, fit
 
@@ -99,7 +99,7 @@ class SupervisedCleanCLIP(Finetuning):
         "Fine-tune the image tower of `model`. Raises `BdnbError` for a corpus without labels or class names."
         start = time.time()
         _need_classes(corpus)
-        net = Classifier(model, make_head(model, len(corpus.classes), self.seed))
+        net = TowerClassifier(model, make_head(model, len(corpus.classes), self.seed))
         with frozen([*model.text_parameters(), model.logit_scale]):
             options = dict(out=out, checkpoint_every=checkpoint_every, quiet=quiet, **options)
             history = self.learn(net, corpus, model.image_size, **options)
@@ -108,7 +108,7 @@ class SupervisedCleanCLIP(Finetuning):
 # %% ../../nbs/defenses/01_cleanclip.ipynb #5b1f15eb
 def head_logits(model, head, corpus, trigger=None, batch:int=256, quiet:bool=True) -> torch.Tensor: # float32 [N, C]
     "The classifier's logits for every picture, in evaluation mode, with a trigger stamped on where one is given."
-    net, out = Classifier(model, head), []
+    net, out = TowerClassifier(model, head), []
     corpus = as_arrays(corpus, model.image_size, quiet)
     with measuring(net):
         for a in track(range(0, len(corpus), batch), 'pictures', quiet=quiet):
