@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'DEFENSES', 'TABLE_ATTACKS', 'NAMES', 'Recipe', 'make_defense', 'make_recipe', 'study_data', 'train_victim',
-           'tour', 'summary', 'defence_table']
+           'peak_bytes', 'same_study', 'tour', 'summary', 'defence_table']
 
 # %% ../nbs/app/00_study.ipynb #5460068b
 import copy, json, re, time
@@ -100,7 +100,7 @@ def train_victim(corpus, # poisoned (or not), with captions
     history = fit(model, ClipObjective(), batches, **{**settings, **options})
     return model, history, time.time() - start
 
-def _peak_bytes():
+def peak_bytes():
     "Most memory this process has held."
     import resource, sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
@@ -150,11 +150,11 @@ class _Case:
             if system == 'none': _, before, seconds = self.victim(); after = before
             else: before, after, seconds = self.cure(system)
             write_json(path, dict(system=system, attack=self.attack, model=self.recipe.model, seed=self.seed,
-                                  rate=self.recipe.rate, before=before, after=after, seconds=seconds, peak_bytes=_peak_bytes()))
+                                  rate=self.recipe.rate, before=before, after=after, seconds=seconds, peak_bytes=peak_bytes()))
         return read_json(path)
 
 # %% ../nbs/app/00_study.ipynb #dffc6111
-def _same_study(out, settings):
+def same_study(out, settings):
     "One folder holds one study: its settings are written once and must not change."
     path, settings = out/'study.json', json.loads(json.dumps(settings))
     if not path.exists(): return write_json(path, settings)
@@ -188,7 +188,7 @@ def tour(out, # folder for models, logs and rows; a finished row is never done a
         @lru_cache(None)
         def opened(seed=seed):
             corpora = study_data(data, recipe, seed, test, clean)
-            _same_study(out, dict(recipe=asdict(recipe), data=data, test=test, clean=clean))
+            same_study(out, dict(recipe=asdict(recipe), data=data, test=test, clean=clean))
             return corpora
         for attack in attacks:
             folder = out/f'{re.sub("[^a-zA-Z0-9_.=,-]", "-", attack)}-seed{seed}'
