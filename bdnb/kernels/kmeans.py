@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INITS', 'Clusters', 'spherical_kmeans']
 
-# %% ../../nbs/kernels/01_kmeans.ipynb #e4025151
+# %% ../../nbs/kernels/01_kmeans.ipynb #bdce939c
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..core import BdnbError, did_you_mean, rng
 from .cam import assign
 
-# %% ../../nbs/kernels/01_kmeans.ipynb #aa067a10
+# %% ../../nbs/kernels/01_kmeans.ipynb #7ae88fd9
 _ROWS = 2**14                                               # rows in a block of the update
 
 def _sums(x, assigned, k):
@@ -35,7 +35,7 @@ def _update(x, assigned, old):
     length = torch.linalg.vector_norm(total, dim=1, keepdim=True)
     return torch.where(length > 1e-6, total/length.clamp(min=1e-6), old).to(x.dtype)
 
-# %% ../../nbs/kernels/01_kmeans.ipynb #abcb1960
+# %% ../../nbs/kernels/01_kmeans.ipynb #5c9410b4
 def _halves(z):
     "Split rows z [n, d], n >= 2, in two: bool [n]."
     first = z[(z @ z.sum(0)).argmin()]
@@ -59,7 +59,7 @@ def _fill_empty(x, assigned, k):
         counts[e], counts[largest] = len(moves), len(members) - len(moves)
     return assigned
 
-# %% ../../nbs/kernels/01_kmeans.ipynb #cc09b5c9
+# %% ../../nbs/kernels/01_kmeans.ipynb #2e0cf974
 INITS = 'random', 'k-means++'
 
 def _plus_plus(x, k, seed):
@@ -80,7 +80,7 @@ def _first(x, k, seed, init):
     sample = x[rows[:32*k]]
     return sample[_plus_plus(sample, k, seed)]
 
-# %% ../../nbs/kernels/01_kmeans.ipynb #6c9c1628
+# %% ../../nbs/kernels/01_kmeans.ipynb #7ad32d66
 class Clusters(NamedTuple):
     "What `spherical_kmeans` found."
     centroids: torch.Tensor  # float32 [K, d], of length one
