@@ -382,7 +382,6 @@ def test_small_cluster():
 
 
 def test_kmeans_finds_the_small_group():
-    pytest.importorskip('bdnb.kernels.kmeans')
     centre = torch.eye(3, 8)
     z = torch.cat([c + .05 * torch.randn(m, 8, generator=generator(m)) for c, m in zip(centre, (50, 12, 30))])
     found = select_kmeans(z, 10, 3, seed=1)

@@ -6,7 +6,7 @@
 __all__ = ['SELECTIONS', 'select_contrastive', 'small_cluster', 'select_kmeans', 'SslPoisoning', 'painted_boxes', 'SslPoisoned',
            'load_truth', 'CTRL', 'PICTURES', 'PicturePatch', 'coverage', 'iou', 'map_boxes', 'trigger_picture']
 
-# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #c6b28993
+# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #b1fb072f
 import shutil, weakref
 from dataclasses import dataclass, fields
 
@@ -20,10 +20,10 @@ from .poisoning import Poisoned, Poisoning, _copy_images, _stamp
 from .triggers import Trigger, make_trigger, seeds_from_keys
 from ..data.corpus import ArrayCorpus
 
-# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #1ced078a
+# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #a8ece1d5
 _all_ = ['CTRL', 'PICTURES', 'PicturePatch', 'coverage', 'iou', 'map_boxes', 'trigger_picture']
 
-# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #06fa51dd
+# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #ceb8da54
 def _unit(features):
     "Unit rows, float32 [N, d]."
     if not torch.is_tensor(features) or features.ndim != 2: raise BdnbError('features must be a tensor [N, d], one row a picture')
@@ -66,7 +66,7 @@ def select_contrastive(
     near = _similar(z, int(score.argmax()), into[:1])[0]
     return near.sort(descending=True, stable=True).indices[:n].cpu()
 
-# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #069340f7
+# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #87131305
 def small_cluster(
     assigned:torch.Tensor, # int64 [N], the cluster of each picture
     n:int,                 # how many pictures
@@ -88,7 +88,7 @@ def select_kmeans(
     from bdnb.kernels.kmeans import spherical_kmeans
     return small_cluster(spherical_kmeans(_unit(features), clusters, seed=seed, iterations=iterations).assigned, n)
 
-# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #4a62dc68
+# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #909daafe
 SELECTIONS = dict(label='pictures of the target class', random='any pictures', con='by isolation of their neighbourhood',
                   conp='by closeness of their neighbourhood', conn='by distance of what lies around them',
                   kmeans='of one small cluster')
@@ -143,7 +143,7 @@ class SslPoisoning:
         try: return SslPoisoning.from_json(read_json(path))
         except BdnbError as e: raise e if str(path) in str(e) else BdnbError(f'{path}: {e}') from e
 
-# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #430bca17
+# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #4f320aa3
 def _number(plan, corpus, members):
     "How many pictures to poison, given the size of the target class (None: unknown)."
     if plan.count is not None: return plan.count
@@ -185,7 +185,7 @@ def _hit(corpus, picked):
     k = int(np.bincount(corpus.labels[picked]).argmax())
     return corpus.classes[k] if corpus.classes else str(k), np.flatnonzero(corpus.labels == k)
 
-# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #8d96cd84
+# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #55eda843
 def _choose(self:SslPoisoning,
     corpus,           # any corpus
     features=None,    # float [N, d], for 'con', 'conp', 'conn' and 'kmeans'
@@ -224,7 +224,7 @@ def _describe(self:SslPoisoning,
 
 SslPoisoning.choose, SslPoisoning.describe = _choose, _describe
 
-# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #f9277e33
+# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #781408a0
 def painted_boxes(
     before, after,   # uint8 [B, 3, H, W]: the same pictures without and with the trigger
 )->torch.Tensor:     # int64 [B, 4] top, left, height, width; -1 where nothing changed
@@ -253,7 +253,7 @@ class SslPoisoned(Poisoned):
         write_json(path, dict(plan=self.plan.to_json(), shares=self.shares, keys=self.keys, size=list(self.corpus.image_size),
                               boxes=self.boxes[torch.from_numpy(self.mask)].tolist()))
 
-# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #521f801c
+# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #05a39fc4
 def _apply(self:SslPoisoning,
     corpus,                  # an `ArrayCorpus`; decode others with `corpus.cache(size)` first
     features=None,           # float [N, d], for 'con', 'conp', 'conn' and 'kmeans'
@@ -276,7 +276,7 @@ def _apply(self:SslPoisoning,
 
 SslPoisoning.apply = _apply
 
-# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #259fa1e4
+# %% ../../nbs/attacks/03_ssl_poisoning.ipynb #f57032ab
 def load_truth(
     path,        # what `SslPoisoned.save_truth` wrote
 )->tuple:        # (`SslPoisoning`, keys: list of str, boxes: int64 [n, 4])
