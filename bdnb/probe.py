@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['few_labels', 'neighbours', 'rates', 'evaluate_encoder', 'triggered', 'verdict']
 
-# %% ../nbs/models/21_probe.ipynb #5f7d7af4
+# %% ../nbs/models/21_probe.ipynb #f4550191
 import torch
 import torch.nn.functional as F
 from .core import BdnbError, rng
 from .evaluate import accuracy, as_arrays, linear_probe, trigger_seeds
 from .models.encoders import Encoder, encode
 
-# %% ../nbs/models/21_probe.ipynb #d12f6f65
+# %% ../nbs/models/21_probe.ipynb #5d964891
 def few_labels(
     labels,           # int64 [N]
     share:float,      # of each class, at least one picture of each
@@ -42,7 +42,7 @@ def neighbours(
         out.append(votes.scatter_add_(1, labels[at], ((near - near[:, :1])/T).exp()))
     return torch.cat(out)
 
-# %% ../nbs/models/21_probe.ipynb #e6525433
+# %% ../nbs/models/21_probe.ipynb #8e4157ec
 def rates(clean, patched, labels, target)->dict: # logits float [N, C] (patched may be None), int64 [N], class index or None
     "ca, and with a target fp; with patched logits also pa, asr, nfp and the counts."
     out, n = dict(ca=accuracy(clean, labels)), clean.shape[1]
@@ -88,8 +88,8 @@ def evaluate_encoder(encoder:Encoder,
         found |= {k if share == 1 else f'{k}@{share:.0%}': v for k, v in r.items()}
     for k in ks:
         vote = lambda q: neighbours(q, z, y, classes, k)
-        found |= {f'knn{k}_{n}': v for n, v in rates(vote(clean), None if patched is None else vote(patched), labels, goal).items()
-                  if n in ('ca', 'pa', 'asr', 'fp')}
+        r = rates(vote(clean), None if patched is None else vote(patched), labels, goal)
+        found |= {f'knn{k}_{n}': v for n, v in r.items() if n in ('ca', 'pa', 'asr', 'fp')}
     return found
 
 def triggered(corpus, trigger, chunk:int=1024)->torch.Tensor: # uint8 [N, 3, S, S]

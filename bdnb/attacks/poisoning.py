@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..core import BdnbError, did_you_mean, hash_uniform, read_json, rng, write_json
+from . import patches                                 # registers patch and ctrl
 from .triggers import TRIGGERS, Trigger, make_trigger, seeds_from_keys
 from ..data.corpus import ArrayCorpus
 

@@ -7,7 +7,7 @@ __all__ = ['STEMS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'RESNETS', 'VITS', 'ResNetE
            'list_encoders', 'usual_stem', 'usual_patch', 'build_encoder_net', 'torchvision_encoder', 'create_encoder',
            'encode', 'save_encoder', 'strip_prefix', 'load_encoder']
 
-# %% ../../nbs/models/11_encoders.ipynb #cd770dd2
+# %% ../../nbs/models/11_encoders.ipynb #4636f271
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from .build import ClipModel
 from .checkpoint import load_checkpoint, read_tensors, short, write_tensors
 from .classifiers import BasicBlock, conv3, he_normal, stages
 
-# %% ../../nbs/models/11_encoders.ipynb #b7fe2f79
+# %% ../../nbs/models/11_encoders.ipynb #080b6096
 STEMS = ('small', 'half', 'standard')
 
 class ResNetEncoder(nn.Module):
@@ -38,7 +38,7 @@ class ResNetEncoder(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
     def forward(self, x): return self.maps(x).mean((2, 3))
 
-# %% ../../nbs/models/11_encoders.ipynb #d9846aef
+# %% ../../nbs/models/11_encoders.ipynb #505c2eca
 class ViTEncoder(nn.Module):
     "torchvision's vision transformer without a head: [B, 3, S, S] -> [B, dim], the class token's output."
     def __init__(self, dim:int=192, heads:int=3, layers:int=12,
@@ -57,7 +57,7 @@ class ViTEncoder(nn.Module):
         e = self.vit.encoder
         return e.ln(e.layers(e.dropout(self.tokens(x, keep))))[:, 0]
 
-# %% ../../nbs/models/11_encoders.ipynb #1670da4c
+# %% ../../nbs/models/11_encoders.ipynb #11eaa40d
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
 class Encoder(nn.Module):
@@ -106,7 +106,7 @@ class ClipEncoder(Encoder):
         super().__init__(clip, clip.name, clip.image_size, dim, None, clip.mean, clip.std)
     def embed(self, x): return self.net.encode_image(x, normalize=False)
 
-# %% ../../nbs/models/11_encoders.ipynb #c04625ab
+# %% ../../nbs/models/11_encoders.ipynb #7af607ba
 RESNETS = dict(resnet10=(1, 1, 1, 1), resnet18=(2, 2, 2, 2), resnet34=(3, 4, 6, 3))
 VITS = dict(vit_tiny=(192, 3, 12), vit_small=(384, 6, 12), vit_base=(768, 12, 12))         # dim, heads, layers
 
@@ -126,8 +126,9 @@ def build_encoder_net(name:str, width, image_size:int)->nn.Module:
         return ResNetEncoder(RESNETS[base], width or 64, rest or usual_stem(image_size))
     if base in VITS and (not rest or rest.isdigit()):
         patch = int(rest or usual_patch(image_size))
-        if not patch or image_size % patch: raise BdnbError(f"{name}: patches of {patch} px do not divide pictures of {image_size} px")
-        if width is not None: raise BdnbError(f"{name}: a ViT's width is in its name (vit_tiny, vit_small, vit_base); leave it out")
+        if not patch or image_size % patch:
+            raise BdnbError(f"{name}: patches of {patch} px do not divide pictures of {image_size} px")
+        if width is not None: raise BdnbError(f"{name}: a ViT's width is in its name (vit_tiny to vit_base); leave it out")
         return ViTEncoder(*VITS[base], image_size, patch)
     if base == 'torchvision': return torchvision_encoder(rest, width, image_size)
     raise BdnbError(f"unknown encoder {name!r}; {did_you_mean(name, list_encoders())}")
@@ -162,7 +163,7 @@ def create_encoder(name:str='resnet18', # see `list_encoders()`; without a stem 
         net = build_encoder_net(name, width, image_size)
     return Encoder(net, name, image_size, None, width, mean, std)
 
-# %% ../../nbs/models/11_encoders.ipynb #5fb69d2d
+# %% ../../nbs/models/11_encoders.ipynb #c1d350aa
 def encode(encoder:Encoder,
            images, # uint8 [N, 3, S, S] (tensor or memory map), or an `ArrayCorpus`
            batch:int=256, # pictures at a time
@@ -183,7 +184,7 @@ def encode(encoder:Encoder,
         raise BdnbError(f"the encoder gives features that are not finite, first for picture {name}: its weights are damaged")
     return out
 
-# %% ../../nbs/models/11_encoders.ipynb #ecf3db66
+# %% ../../nbs/models/11_encoders.ipynb #0e3b37f7
 def save_encoder(model:Encoder, path, # ends with .safetensors
                  **meta): # plain JSON values kept in the header
     "Weights, architecture, picture size and normalisation in one file."
@@ -209,7 +210,7 @@ def load_encoder(path, # .safetensors, or a published .pt
     if header.get('kind') not in (None, 'encoder') and name is None:
         raise BdnbError(f"{path}: holds a {header['kind']}, not an encoder")
     if not isinstance(fields.get('name'), str):
-        raise BdnbError(f"{path}: does not say which architecture it is; name it, e.g. torchvision/resnet18 (see list_encoders())")
+        raise BdnbError(f"{path}: does not say which architecture it is; name it, e.g. torchvision/resnet18")
     for k in ('mean', 'std'):
         if k in fields and not (isinstance(fields[k], (list, tuple)) and len(fields[k]) == 3): raise BdnbError(f"{path}: odd {k}")
     if 'name' in given and name and not header: fields.setdefault('image_size', 224)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'make_heads', 'in_batch_loss', 'Queue', 'SslLearner', 'SslObjective', 'SslRecipe', 'train_encoder']
 
-# %% ../../nbs/objectives/03_ssl.ipynb #1ead3266
+# %% ../../nbs/objectives/03_ssl.ipynb #97766143
 import copy, math, time
 from dataclasses import dataclass, replace
 import torch
@@ -17,7 +17,7 @@ from ..data.views import VIEWS, Views
 from ..models.encoders import Encoder
 from ..train import fit
 
-# %% ../../nbs/objectives/03_ssl.ipynb #2766557a
+# %% ../../nbs/objectives/03_ssl.ipynb #7081a237
 METHODS = ('simclr', 'mocov2', 'byol', 'mocov3')
 
 def _lightly():
@@ -33,7 +33,7 @@ def make_heads(method:str, dim:int, hidden:int, out:int, norm:bool)->tuple: # (p
     if method == 'byol': return heads.BYOLProjectionHead(dim, hidden, out), heads.BYOLPredictionHead(out, hidden, out)
     return heads.SimCLRProjectionHead(dim, hidden, out), heads.BYOLPredictionHead(out, hidden, out)
 
-# %% ../../nbs/objectives/03_ssl.ipynb #46ad5baa
+# %% ../../nbs/objectives/03_ssl.ipynb #40997893
 def in_batch_loss(queries, keys, temperature): # float [B, D] each, row i of one belonging to row i of the other -> scalar
     "MoCo v3's loss, `moco/builder.py`: InfoNCE against the keys of all processes, times 2T."
     from lightly.utils import dist
@@ -54,7 +54,7 @@ class Queue(nn.Module):
         bank.register_buffer('bank_ptr', torch.zeros(1, dtype=torch.int64))
     def forward(self, queries, keys): return self.loss(queries, keys.detach())
 
-# %% ../../nbs/objectives/03_ssl.ipynb #ffeddf93
+# %% ../../nbs/objectives/03_ssl.ipynb #0aba1eae
 class SslLearner(nn.Module):
     "An encoder with all that its training needs. `forward(view, view)` gives {'ssl': scalar}; the copies follow by themselves."
     def __init__(self, encoder:Encoder, # trained in place
@@ -112,10 +112,11 @@ class SslLearner(nn.Module):
         with torch.autocast(a.device.type, enabled=False):
             a, b, ka, kb = a.float(), b.float(), ka.float(), kb.float()
             if self.method == 'byol': return {'ssl': 2 + self.cosine(a, kb) + self.cosine(b, ka)}
-            if self.method == 'mocov3': return {'ssl': in_batch_loss(a, kb, self.temperature) + in_batch_loss(b, ka, self.temperature)}
+            T = self.temperature
+            if self.method == 'mocov3': return {'ssl': in_batch_loss(a, kb, T) + in_batch_loss(b, ka, T)}
             return {'ssl': (self.queue(a, kb) + self.queue(b, ka))/2}
 
-# %% ../../nbs/objectives/03_ssl.ipynb #a6534bd8
+# %% ../../nbs/objectives/03_ssl.ipynb #4dfefb55
 @dataclass(frozen=True)
 class SslObjective:
     "Two views of a batch, then the learner's loss. Labels and captions are not looked at."
@@ -168,7 +169,7 @@ def train_encoder(corpus, # pictures; labels are not looked at
                   out=None, # run folder: log and checkpoint; a killed run goes on from there
                   quiet:bool=False, # no progress bar
                   **options): # more for `fit`, e.g. device, on_epoch, checkpoint_every
-    "Train an encoder from scratch: (encoder, History, seconds). Raises `BdnbError` for bad options and a loss that is not finite."
+    "Train an encoder from scratch: (encoder, History, seconds). `BdnbError` for bad options and a loss that is not finite."
     start, encoder = time.time(), recipe.new_encoder(seed)
     batches = Batches(corpus, recipe.batch_size, seed=seed, size=recipe.image_size)
     steps = max(1, round(recipe.epochs*len(batches)))

@@ -1,0 +1,155 @@
+"PoisonCAM on encoders whose answer is known, and the scan command on files."
+import csv
+import io
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from bdnb.attacks.patches import CTRL
+from bdnb.cli import main
+from bdnb.core import BdnbError, rng
+from bdnb.data.corpus import ArrayCorpus
+from bdnb.defenses.findings import FOUND, NO_EVIDENCE
+from bdnb.defenses.poisoncam import PoisonCAM, mask_bank, masked_features, miss_bound
+from bdnb.defenses.poisonfilter import FilterRecipe
+from bdnb.models.encoders import Encoder, create_encoder, save_encoder
+
+quick = FilterRecipe.quick(steps=60)
+
+
+class Colours(nn.Module):
+    "Three features: red squares, green squares, and the rest."
+    dim = 3
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        strong = lambda a, b: ((x[:, a] > .9) & (x[:, b] < .1)).float().sum((1, 2))*20
+        return torch.stack([strong(0, 1), strong(1, 0), x[:, 2].clamp(min=0).sum((1, 2))], 1)*self.weight
+
+
+def encoder(): return Encoder(Colours(), 'colours', 32, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def pile(n=200, every=10, colours=((255, 0, 0),), seed=0):
+    "(corpus, truth bool [n], boxes int64 [n, 4])"
+    g = rng('pile', seed)
+    images = torch.randint(60, 120, (n, 3, 32, 32), generator=g, dtype=torch.uint8)
+    truth, boxes = torch.zeros(n, dtype=torch.bool), torch.full((n, 4), -1)
+    for i in range(0, n if every else 0, every or 1):
+        y, x = torch.randint(0, 24, (2,), generator=g).tolist()
+        images[i, :, y:y + 8, x:x + 8] = torch.tensor(colours[(i//every) % len(colours)], dtype=torch.uint8)[:, None, None]
+        truth[i], boxes[i] = True, torch.tensor([y, x, 8, 8])
+    return ArrayCorpus(images), truth, boxes
+
+
+def scan(corpus, **options):
+    how = dict(clusters=2, tests=64, search='all', filter=quick) | options
+    return PoisonCAM(**how).scan(corpus, encoder(), quiet=True)
+
+
+@pytest.mark.parametrize('masks', ['full', 'random'])
+def test_a_planted_trigger_is_found(masks):
+    corpus, truth, boxes = pile()
+    found = scan(corpus, masks=masks)
+    assert found.verdict == FOUND and found.precision_at(20, truth) == 1
+    if masks == 'full': assert found.localisation(boxes)['localisation'] >= .95
+    quality = found.filter_quality(truth)
+    assert quality['recall'] >= .9 and quality['precision'] >= .9
+
+
+def test_hard_votes_are_coarser_than_soft_ones():
+    "A mask that hides a part of the trigger changes no cluster and so says nothing."
+    corpus, truth, boxes = pile()
+    hard, soft = scan(corpus, soft=False), scan(corpus)
+    assert hard.verdict == FOUND
+    assert hard.localisation(boxes)['iou'] <= soft.localisation(boxes)['iou']
+
+
+def test_two_triggers_at_once():
+    corpus, truth, boxes = pile(colours=((255, 0, 0), (0, 255, 0)))
+    found = scan(corpus, clusters=3)
+    assert found.verdict == FOUND and found.filter_quality(truth)['recall'] >= .9
+    assert found.localisation(boxes)['localisation'] >= .95
+
+
+def test_clean_pictures_lose_nothing():
+    for seed in range(3):
+        found = scan(pile(every=0, seed=seed)[0])
+        assert found.verdict == NO_EVIDENCE and found.keep.all()
+
+
+def test_a_global_trigger_has_no_place():
+    "An expected failure: CTRL is everywhere, no window holds it, and the scan says that it found no patch."
+    corpus, _, _ = pile(every=0)
+    images = corpus.images.clone()
+    images[::10] = CTRL().on_uint8(images[::10])
+    found = scan(ArrayCorpus(images))
+    assert found.verdict == NO_EVIDENCE and found.keep.all()
+
+
+def test_the_unexamined_are_nan_and_the_search_goes_where_the_score_is():
+    corpus, truth, _ = pile(n=400)
+    found = scan(corpus, search='adaptive', clusters=8)
+    assert not found.searched.all() and found.score[~found.searched].isnan().all()
+    assert found.searched[truth].float().mean() > found.searched[~truth].float().mean()
+
+
+def test_dropped_tokens_equal_masks_that_the_network_cannot_see():
+    vit = create_encoder('vit_tiny/8', image_size=32).eval()
+    images, bank = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), mask_bank(32, 8, 8)
+    with torch.no_grad():
+        z = masked_features(vit, images, bank, drop=True)
+        covered = images.clone()
+        covered[:, :, :8, :8] = 3                                       # the first mask's patch: whatever stands there
+        other = masked_features(vit, covered, bank, drop=True)
+    torch.testing.assert_close(z[0], other[0], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(z[1], other[1], atol=1e-3)
+    with pytest.raises(BdnbError, match='no tokens to drop'): masked_features(encoder(), images, bank, drop=True)
+
+
+def test_too_few_pictures_and_damaged_weights():
+    with pytest.raises(BdnbError, match='too few to cluster'): scan(pile(n=5)[0])
+    broken = encoder()
+    broken.net.weight.data.fill_(float('nan'))
+    with pytest.raises(BdnbError, match='not finite'): PoisonCAM().scan(pile(n=20)[0], broken, quiet=True)
+
+
+def test_the_bound_of_the_first_look():
+    assert abs(miss_bound(32, 2, .3) - .00125) < 5e-4 and miss_bound(32, 2, 0.) == 1 and miss_bound(10, 0, 1.) == 0
+
+
+def run(line):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err): code = main(line.split())
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_scan_command_names_and_skips_a_damaged_picture(tmp_path):
+    folder = tmp_path/'pile'
+    folder.mkdir()
+    for i, x in enumerate(pile(n=30, every=0)[0].images): Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder/f'{i:02d}.png')
+    (folder/'15x.png').write_bytes(b'\x89PNG\r\n\x1a\nnot a picture')
+    save_encoder(create_encoder('resnet10/half', 4), tmp_path/'e.safetensors')
+    code, out, err = run(f"scan folder:{folder} --encoder {tmp_path/'e.safetensors'} --out {tmp_path/'scan'} --clusters 2 -q")
+    assert code == 0, err
+    rows = list(csv.DictReader(open(tmp_path/'scan'/'findings.csv')))
+    page = (tmp_path/'scan'/'report.html').read_text()
+    assert len(rows) == 30 and '15x.png' in page and (tmp_path/'scan'/'kept.txt').exists()
+
+
+@pytest.mark.parametrize('line, says', [
+    ('scan folder:nowhere --encoder e.safetensors', 'nowhere'),
+    ('scan shapes:?n=20 --out {out}', 'give either --encoder CHECKPOINT or --train METHOD'),
+    ('scan shapes:?n=20 --train mocca --out {out}', "did you mean 'moco'"),
+    ('scan shapes:?n=20 --encoder nothing.safetensors --out {out}', 'no such checkpoint'),
+    ('scan shapes:?n=20 --encoder nothing.safetensors --search some --out {out}', 'poisoncam: search')])
+def test_bad_scans_say_so_in_one_line_and_leave_nothing(tmp_path, line, says):
+    out = tmp_path/'out'
+    code, _, err = run(line.format(out=out))
+    assert code == 2 and says in err and err.count('\n') == 1 and not out.exists()
