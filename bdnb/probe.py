@@ -92,6 +92,7 @@ def evaluate_encoder(encoder:Encoder,
         found |= {f'knn{k}_{n}': v for n, v in r.items() if n in ('ca', 'pa', 'asr', 'fp')}
     return found
 
+# %% ../nbs/models/21_probe.ipynb #06ae8d0a
 def triggered(corpus, trigger, chunk:int=1024)->torch.Tensor: # uint8 [N, 3, S, S]
     "The pictures with the trigger at the place that the test rule gives it, by key."
     trigger = trigger.for_test() if hasattr(trigger, 'for_test') else trigger

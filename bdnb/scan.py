@@ -65,7 +65,7 @@ def histogram(score, bins:int=20)->Html:
     words = [tag('text', text, x=x, y=124) for x, text in ((20, '0'), (290, f'{high:.2f}'))]
     svg = tag('svg', bars, words, viewBox='0 0 330 128', role='img', aria_label='scores of the examined pictures')
     return tag('figure', svg,
-               tag('figcaption', 'Share of other pictures that a crop moves into its cluster; logarithmic heights.'), cls='curves')
+               tag('figcaption', 'Share of other pictures that a crop moves into its cluster (log heights).'), cls='curves')
 
 def scan_page(found:Findings, pictures, name:str, command:str)->str:
     "The whole page."

@@ -95,5 +95,5 @@ def test_wheel_says_what_it_needs(wheel):
     assert set(needs) == {Requirement(r).name for r in shlex.split(cfg['requirements'])}
     assert {'torch', 'torchvision', 'typer'} <= set(needs) and not {'nbdev', 'fastcore'} & set(needs)
     assert not any('==' in str(r.specifier) for r in needs.values()) and str(needs['triton'].marker) == 'sys_platform == "linux"'
-    assert set(meta.get_all('Provides-Extra')) == {'dev', 'wordnet', 'tensorboard'}
+    assert set(meta.get_all('Provides-Extra')) == {'dev', 'parquet', 'wordnet', 'tensorboard'}
     assert 'bdnb = bdnb.cli:main' in metadata(wheel, 'entry_points.txt')

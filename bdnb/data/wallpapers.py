@@ -43,7 +43,8 @@ def Wallpapers(n:int=2000, # number of pictures; the classes come equally often
     "Pictures papered with one of `classes` patterns. Raises `BdnbError` for a size under 16, no pictures, or odd numbers."
     if n < 1 or size < 16: raise BdnbError(f"Wallpapers needs n >= 1 and size >= 16, got n={n} size={size}")
     if not 2 <= classes <= 1000: raise BdnbError(f"Wallpapers: classes={classes} must be 2 to 1000")
-    if not (0 <= contrast <= 1 and 0 <= noise <= 1): raise BdnbError(f"Wallpapers: contrast={contrast} noise={noise} must be in 0..1")
+    if not (0 <= contrast <= 1 and 0 <= noise <= 1):
+        raise BdnbError(f"Wallpapers: contrast={contrast} noise={noise} must be in 0..1")
     g, tiles = rng('wallpapers', split, seed), torch.stack([tile(k) for k in range(classes)])
     labels = (torch.arange(n) % classes)[torch.randperm(n, generator=g)]
     images = torch.cat([_paint(tiles, labels[i:i + 500], size, contrast, noise, g) for i in range(0, n, 500)])

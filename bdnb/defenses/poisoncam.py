@@ -211,37 +211,40 @@ class Search:
         size = torch.full_like(top, self.w)
         return torch.stack([top, left, size, size], 1), heat, spent
 
-    def moved(self, rows, crops, first:int, last:int)->torch.Tensor: # int64 [n]
-        "How many of the test pictures first..last each crop moves into its cluster."
-        tests, was = self.tests[first:last], self.test_own[first:last]
-        seeds = torch.tensor([derive_seed('paste', self.how.seed, self.pictures.keys[int(r)]) for r in rows])
-        room, count = self.encoder.image_size - self.w + 1, []
-        u = hash_uniform(seeds, 2*len(self.tests)).view(len(rows), -1, 2)[:, first:last]
-        places, own = (u*room).long().clamp(max=room - 1).to(self.device), self.own[rows].to(self.device)
-        step = max(1, self.how.batch//max(1, len(tests)))
-        for i in range(0, len(rows), step):
-            x = paste_crops(tests, crops[i:i + step], places[i:i + step])
-            z = torch.cat([self.encoder(p).float() for p in x.flatten(0, 1).split(self.how.batch)])
-            now, a = self.assign(z).view(len(x), -1), own[i:i + step, None]
-            before = (was == a).sum(1)
-            count.append((now == a).sum(1) - before if self.how.as_released else ((now == a) & (was != a)).sum(1))
-        return torch.cat(count)
+# %% ../../nbs/defenses/03_poisoncam.ipynb #a66ca2ea
+def _moved(self:Search, rows, crops, first:int, last:int)->torch.Tensor: # int64 [n]
+    "How many of the test pictures first..last each crop moves into its cluster."
+    tests, was = self.tests[first:last], self.test_own[first:last]
+    seeds = torch.tensor([derive_seed('paste', self.how.seed, self.pictures.keys[int(r)]) for r in rows])
+    room, count = self.encoder.image_size - self.w + 1, []
+    u = hash_uniform(seeds, 2*len(self.tests)).view(len(rows), -1, 2)[:, first:last]
+    places, own = (u*room).long().clamp(max=room - 1).to(self.device), self.own[rows].to(self.device)
+    step = max(1, self.how.batch//max(1, len(tests)))
+    for i in range(0, len(rows), step):
+        x = paste_crops(tests, crops[i:i + step], places[i:i + step])
+        z = torch.cat([self.encoder(p).float() for p in x.flatten(0, 1).split(self.how.batch)])
+        now, a = self.assign(z).view(len(x), -1), own[i:i + step, None]
+        before = (was == a).sum(1)
+        count.append((now == a).sum(1) - before if self.how.as_released else ((now == a) & (was != a)).sum(1))
+    return torch.cat(count)
 
-    def examine(self, rows)->dict:
-        "Windows and scores of some pictures."
-        window, heat, spent = self.locate(rows)
-        at = torch.arange(self.w)
-        y, x = window[:, 0].cpu()[:, None] + at, window[:, 1].cpu()[:, None] + at
-        crops = self.pictures.gather(rows)[torch.arange(len(rows))[:, None, None], :, y[:, :, None], x[:, None, :]]
-        crops, everyone = crops.permute(0, 3, 1, 2).to(self.device), len(self.tests)
-        look = min(self.how.look, everyone) if self.how.sequential else everyone
-        hits = self.moved(rows, crops, 0, look)
-        score, passes = hits.float()/look, torch.full((len(rows),), spent + look)
-        on = ((hits > self.how.pass_above) if look < everyone else torch.zeros_like(hits, dtype=torch.bool)).nonzero()[:, 0]
-        if len(on):
-            score[on] = (hits[on] + self.moved(rows[on.cpu()], crops[on], look, everyone)).float()/everyone
-            passes[on.cpu()] = spent + everyone
-        return dict(window=window.cpu(), score=score.cpu(), forwards=passes)
+def _examine(self:Search, rows)->dict:
+    "Windows and scores of some pictures."
+    window, heat, spent = self.locate(rows)
+    at = torch.arange(self.w)
+    y, x = window[:, 0].cpu()[:, None] + at, window[:, 1].cpu()[:, None] + at
+    crops = self.pictures.gather(rows)[torch.arange(len(rows))[:, None, None], :, y[:, :, None], x[:, None, :]]
+    crops, everyone = crops.permute(0, 3, 1, 2).to(self.device), len(self.tests)
+    look = min(self.how.look, everyone) if self.how.sequential else everyone
+    hits = self.moved(rows, crops, 0, look)
+    score, passes = hits.float()/look, torch.full((len(rows),), spent + look)
+    on = ((hits > self.how.pass_above) if look < everyone else torch.zeros_like(hits, dtype=torch.bool)).nonzero()[:, 0]
+    if len(on):
+        score[on] = (hits[on] + self.moved(rows[on.cpu()], crops[on], look, everyone)).float()/everyone
+        passes[on.cpu()] = spent + everyone
+    return dict(window=window.cpu(), score=score.cpu(), forwards=passes)
+
+Search.moved, Search.examine = _moved, _examine
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #e56c832e
 def pruned_rounds(members:list, # of each cluster: a list of rows, in the order in which they are examined

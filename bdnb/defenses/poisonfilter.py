@@ -31,7 +31,7 @@ class GroupedBlock(nn.Module):
 class FilterEnsemble(nn.Module):
     """`models` small ResNets that read the same pictures: float [B, 3, S, S], normalised -> logits [B, models, 2].
 
-    The stem halves the side; for pictures of 64 px and more a pooling halves it again, as in the network of the official script."""
+    The stem halves the side; for pictures of 64 px and more a pooling halves it again, as in the official script's network."""
     def __init__(self,
             models:int=5,    # networks in the ensemble
             width:int=16,    # channels of the first stage; each stage doubles them
@@ -182,7 +182,8 @@ def train_filter(
     progress=None,   # called as `progress(done, total)`
 )->tuple:            # (FilterEnsemble in evaluation mode, list of F1)
     "Train the ensemble. Raises `BdnbError` without crops or clean pictures, or when the loss stops being finite."
-    if not len(crops) or not len(clean): raise BdnbError('the poison classifier needs crops to paste and pictures to paste them on')
+    if not len(crops) or not len(clean):
+        raise BdnbError('the poison classifier needs crops to paste and pictures to paste them on')
     r, g = recipe, rng('poison filter', seed)
     net = FilterEnsemble(r.models, r.width, images.shape[-1], seed).to(device).train()
     opt = torch.optim.SGD(net.parameters(), r.lr, r.momentum, weight_decay=r.weight_decay)

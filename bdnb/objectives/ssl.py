@@ -60,8 +60,7 @@ class SslLearner(nn.Module):
     def __init__(self, encoder:Encoder, # trained in place
                  method:str='mocov2', # one of `METHODS`
                  hidden:int=2048, out:int=128, # of the heads
-                 temperature:float=.2,
-                 queue:int=65536, # keys that MoCo v2 remembers
+                 temperature:float=.2, queue:int=65536, # of the loss; keys that MoCo v2 remembers
                  momentum:float=.999, # how slowly the copy follows
                  momentum_end:float=None, # reached by a cosine at the end of `steps`; None: constant
                  steps:int=0, # of the whole run, for `momentum_end`
@@ -104,16 +103,14 @@ class SslLearner(nn.Module):
         "The symmetric loss of a batch of pairs. In training mode the copy follows first, as if after the last step."
         if self.method != 'simclr' and self.training: self.follow()
         a, b = self._project(self.encoder, self.projector, (first, second))
-        with torch.autocast(a.device.type, enabled=False):
-            a, b = a.float(), b.float()
-            if self.method == 'simclr': return {'ssl': self.nt_xent(a, b)}
+        if self.method == 'simclr':
+            with torch.autocast(a.device.type, enabled=False): return {'ssl': self.nt_xent(a.float(), b.float())}
         with torch.no_grad(): ka, kb = self._project(self.slow_encoder, self.slow_projector, (first, second))
         if self.predictor is not None: a, b = self.predictor(torch.cat([a, b])).chunk(2)
         with torch.autocast(a.device.type, enabled=False):
             a, b, ka, kb = a.float(), b.float(), ka.float(), kb.float()
             if self.method == 'byol': return {'ssl': 2 + self.cosine(a, kb) + self.cosine(b, ka)}
-            T = self.temperature
-            if self.method == 'mocov3': return {'ssl': in_batch_loss(a, kb, T) + in_batch_loss(b, ka, T)}
+            if self.method == 'mocov3': return {'ssl': sum(in_batch_loss(q, k, self.temperature) for q, k in ((a, kb), (b, ka)))}
             return {'ssl': (self.queue(a, kb) + self.queue(b, ka))/2}
 
 # %% ../../nbs/objectives/03_ssl.ipynb #4dfefb55
@@ -163,6 +160,7 @@ class SslRecipe:
         from bdnb.models.encoders import create_encoder
         return create_encoder(self.encoder, self.width, self.image_size, seed, self.mean, self.std)
 
+# %% ../../nbs/objectives/03_ssl.ipynb #5f0bd134
 def train_encoder(corpus, # pictures; labels are not looked at
                   recipe:SslRecipe, # what to do
                   seed:int=0, # of weights, order, views
