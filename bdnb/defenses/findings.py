@@ -204,7 +204,7 @@ class Scan:
         else:
             made, spent, took = found
             self.resumed.append(name)
-            if spent: self.forwards[group] += spent
+            self.forwards[group] += spent
             self.clock.spent[group] += spent
         self.seconds[group] += took
         return made

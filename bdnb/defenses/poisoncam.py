@@ -318,14 +318,10 @@ def _heat(self:Search, rows)->torch.Tensor: # float [n, S, S] on the CPU
 
 def _quick(self:Search): return FilterRecipe.quick() if self.encoder.image_size < 64 else FilterRecipe()
 
-def _ranking(self:Search, score)->torch.Tensor: # int64 [N]
-    "Best first; a picture that was not examined counts as 0, and of equals the first comes first."
-    return score.nan_to_num(0.).sort(descending=True, stable=True).indices
-
 def _classify(self:Search, guilty, score, window)->dict: # probability float [N]
     "Train the poison classifier on the crops of `guilty` and ask it about every picture."
     how, r, images = self.how, self.how.filter or self.quick(), self.pictures.images
-    order = self.ranking(score)
+    order = score.nan_to_num(0.).sort(descending=True, stable=True).indices
     clean = order[round(how.top_share*self.n):]
     at = torch.arange(self.w)
     cut = lambda i: images[i][:, window[i, 0] + at[:, None], window[i, 1] + at]
@@ -339,4 +335,4 @@ def _classify(self:Search, guilty, score, window)->dict: # probability float [N]
         return dict(probability=filter_probability(net, self.pictures.gather(rows), self.encoder.normalise, self.device))
     return self.stages.over(torch.arange(self.n), work, how.batch)
 
-Search.findings, Search.heat, Search.ranking, Search.classify, Search.quick = _findings, _heat, _ranking, _classify, _quick
+Search.findings, Search.heat, Search.classify, Search.quick = _findings, _heat, _classify, _quick
