@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from bdnb.core import BdnbError, rng
-from bdnb.kernels import cam
+from bdnb.kernels import cam, kmeans
 from bdnb.kernels.cam import assign, best_windows, masked_views, recluster_vote
+from bdnb.kernels.kmeans import spherical_kmeans
 
 INTERPRETED = cam.triton is not None and cam._interpreted()
 VIEWS = {torch.float32: 2e-6, torch.bfloat16: 2e-6 + 2**(-6 if INTERPRETED else -7), torch.float16: 2e-6 + 2**-10}
@@ -194,7 +195,8 @@ def exact_votes(z, c, own, base, masks, pairs, soft):
     return assigned, cosines.gather(1, own[rows, None])[:, 0], assigned != own[rows], total/count.clamp(min=1)
 
 
-@pytest.mark.parametrize('B, M, H, W, K, d', [(1, 1, 1, 1, 1, 1), (2, 3, 5, 7, 1, 4), (3, 7, 11, 13, 67, 35), (5, 4, 24, 25, 9, 64)])
+@pytest.mark.parametrize('B, M, H, W, K, d', [(1, 1, 1, 1, 1, 1), (2, 3, 5, 7, 1, 4), (3, 7, 11, 13, 67, 35),
+                                              (5, 4, 24, 25, 9, 64)])
 @pytest.mark.parametrize('soft', [True, False])
 @pytest.mark.parametrize('paired', [True, False])
 def test_votes(road, B, M, H, W, K, d, soft, paired):
@@ -334,13 +336,73 @@ def test_bad_votes(change, complaint):
 
 @pytest.mark.parametrize('change, complaint', [
     (dict(images=torch.ones(2, 1, 5, 7)), r'images must be uint8 or float \[B, 3, H, W\], not float32 \[2, 1, 5, 7\]'),
-    (dict(images=torch.ones(2, 3, 5, 7, dtype=torch.int64)), 'images must be'), (dict(dtype=torch.int32), 'dtype must be a float'),
+    (dict(images=torch.ones(2, 3, 5, 7, dtype=torch.int64)), 'images must be'),
+    (dict(dtype=torch.int32), 'dtype must be a float'),
     (dict(masks=mask_bank(2, 7, 5)), 'do not fit'), (dict(pairs=torch.tensor([[0, 3]])), 'pair 0 names mask 3, but there are 3')])
 def test_bad_views(change, complaint, monkeypatch):
     monkeypatch.setattr(cam, '_on_kernel', lambda *tensors: False)
     good = dict(images=pictures(2, 5, 7), masks=mask_bank(3, 5, 7))
     masked_views(**good)
     with pytest.raises(BdnbError, match=complaint): masked_views(**{**good, **change})
+
+
+POINTERS = {'*u8': 'images masks changed', '*i64': 'pairs order starts own index',
+            '*fp32': 'scale shift features centroids base best mine vote heat', '*bf16': 'grad'}
+
+
+def variants():
+    "Kernels with what is constant in them, and the type of their result where it is not float32."
+    for last in (True, False): yield cam._views_kernel, dict(PAIRS=last, LAST=last, BLOCK=1024), '*bf16'
+    yield cam._views_back_kernel, dict(PAIRS=True, BLOCK=512), '*fp32'
+    yield cam._heat_kernel, dict(PAIRS=True, BLOCK=512), None
+    for own, precision in ((True, 'tf32x3'), (False, 'ieee')):
+        yield cam._nearest_kernel, dict(K=1000, D=512, OWN=own, PAIRS=False, SOFT=True, NORMALISE=True, PRECISION=precision,
+                                        BP=16, BK=64, BD=32), None
+
+
+@pytest.mark.skipif(cam.triton is None or INTERPRETED, reason='needs a Triton that compiles')
+@pytest.mark.parametrize('capability', [80, 90])
+def test_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch):
+    "To machine code, by the compiler alone: the interpreter forgives what the compiler does not."
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    types = {name: kind for kind, names in POINTERS.items() for name in names.split()}
+    for kernel, constants, out in variants():
+        kinds = {n: 'constexpr' if n in constants else out if n == 'out' else types.get(n, 'i32') for n in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=kinds,
+                           constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()})
+        made = cam.triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=4))
+        assert len(made.asm['cubin']) > 1000 and f'sm_{capability}' in made.asm['ptx'], kernel
+
+
+@pytest.mark.parametrize('init', ['random', 'k-means++'])
+@pytest.mark.parametrize('N, d, k', [(1, 3, 1), (211, 17, 13), (97, 5, 97)])
+def test_kmeans(road, N, d, k, init):
+    z = features(N, d).to(road)
+    one, two = (spherical_kmeans(z, k, seed=5, iterations=6, init=init) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one[:3], two[:3])) and one.inertia == two.inertia
+    assert torch.equal(one.assigned, assign(z, one.centroids)[0]) and one.assigned.device == z.device
+    exact = exact_cosines(z.cpu(), one.centroids.cpu())
+    close(one.similarity, exact.amax(1), COSINE)
+    assert one.assigned.unique().numel() == k and all(b <= a + 1e-4 for a, b in zip(one.inertia, one.inertia[1:]))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_kmeans_of_any_float(road, dtype):
+    z = features(60, 9, dtype).to(road)
+    got, want = spherical_kmeans(z, 4), spherical_kmeans(z.float(), 4)
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3])) and got.centroids.dtype == torch.float32
+
+
+def test_update_over_many_blocks(road):
+    "Sums against float64, the large cluster's too: half of 40,000 rows in one cluster, another cluster empty."
+    x = F.normalize(features(40_001, 6), dim=1) + .5
+    a = torch.randint(5, (len(x),), generator=rng('a'))
+    a[a == 3] = 0
+    a[::2] = 1
+    got, add = kmeans._sums(x.to(road), a.to(road), 5).cpu(), lambda v: torch.zeros(5, 6, dtype=torch.float64).index_add_(0, a, v)
+    assert ((got - add(x.double())).abs() <= 5e-6*add(x.double().abs())).all()      # roundings of 2**14 float32 additions, a walk
 
 
 def test_without_triton():
@@ -356,6 +418,6 @@ def test_without_triton():
 @pytest.mark.skipif(cam.triton is None, reason='needs Triton')
 def test_under_the_interpreter():
     "The same file again, kernels only, in a process whose Triton interprets."
-    done = subprocess.run([sys.executable, '-m', 'pytest', __file__, '-p', 'no:cacheprovider', '-k', '[kernel', '-rs', '--durations=3'],
-                          env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, '-m', 'pytest', __file__, '-p', 'no:cacheprovider', '-k', '[kernel', '-rs', '--durations=3']
+    done = subprocess.run(command, env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and 'skipped' not in done.stdout.splitlines()[-1], done.stdout[-3000:] + done.stderr[-1000:]
