@@ -3,13 +3,16 @@ import copy
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from bdnb.core import BdnbError
 from bdnb.data.corpus import ArrayCorpus
+from bdnb.data.doors import open_corpus
 from bdnb.data.shapes import ShapeCaps
-from bdnb.defenses.bcu import BCU, RATIOS, plan_released, plan_reset, reset_weights, route, stage_totals
-from bdnb.models.classifiers import Classifier, create_classifier
+from bdnb.defenses.bcu import (BCU, RATIOS, agreement, largest_scale, plan_released, plan_reset, reset_weights, route,
+                               stage_totals)
+from bdnb.models.classifiers import Classifier, classifier_logits, create_classifier
 from bdnb.objectives.distill import Distillation, kd_loss, temperature
 
 torch.set_num_threads(1)
@@ -141,13 +144,17 @@ def test_non_finite_logits_stop_the_run(pool):
     with torch.no_grad(): model.net.fc.bias[0] = float('inf')
     model.net.fc.weight.requires_grad_(False)
     before = state(model)
-    with pytest.raises(BdnbError, match="'kd' is nan at step 0"): quick().cleanse(model, pool, quiet=True, device='cpu')
+    with pytest.raises(BdnbError, match='non-finite logits, first for'): quick().cleanse(model, pool, quiet=True, device='cpu')
+    assert same(state(model), before) and not model.net.fc.weight.requires_grad and model.net.fc.bias.requires_grad
+    with pytest.raises(BdnbError, match="'kd' is nan at step 0"):
+        quick(ask_once=False).cleanse(model, pool, quiet=True, device='cpu')
     assert same(state(model), before) and not model.net.fc.weight.requires_grad and model.net.fc.bias.requires_grad
 
 
 @pytest.mark.parametrize('options, words', [
     (dict(ratios={'layer9': .1}), "no stage or layer 'layer9'"), (dict(ratios={'stem': -1}), 'stem=-1'),
-    (dict(scale=-1), 'scale=-1'),
+    (dict(scale=-1), 'scale=-1'), (dict(scale='some'), "scale='some'"), (dict(scale='auto', grid=(4., 2.)), 'ascending'),
+    (dict(scale='auto', probe=0), 'probe=0'), (dict(held_out=1.5), 'held_out=1.5'), (dict(optimizer='adam'), 'adamw'),
     (dict(as_released=True, ratios={'stem': .1}), 'exclude'), (dict(t_start=0), 'positive'), (dict(epochs=0), 'epochs')])
 def test_bad_options(pool, options, words):
     model = slim()
@@ -168,3 +175,73 @@ def test_a_network_without_a_route_lists_its_layers(pool):
     BCU(ratios={'c': 1}).reset(model)
     assert {k for k, v in state(model).items() if not torch.equal(v, before[k])} == {'net.c.weight', 'net.c.bias'}
     with pytest.raises(BdnbError, match='not a Sequential'): quick().cleanse(nn.Sequential(), pool)
+
+def test_attention_pooling_is_routed_though_never_called():
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+        def forward(self, x): return nn.functional.linear(x.mean((2, 3)), self.q.weight, self.q.bias)
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body, self.pool, self.head = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, 2), Pool(), nn.Linear(8, 5)
+        def forward(self, x): return self.head(self.pool(self.body(self.stem(x))))
+    names = [n for n, _ in route(Classifier(Net(), 'mine', 5))]
+    assert names == ['stem', 'body', 'pool.q', 'pool.out', 'head']
+
+
+def test_auto_scale_reads_no_label_and_is_the_same_again(pool):
+    labelled = ArrayCorpus(pool.images, pool.keys, [i % 12 for i in range(len(pool))], name='pool')
+    auto = dict(scale='auto', grid=(1., 4., 16.), held_out=.25, tolerance=.1)
+    found, states = [], []
+    for corpus in (pool, labelled):
+        model = slim()
+        found.append(quick(**auto).cleanse(model, corpus, quiet=True, device='cpu'))
+        states.append(state(model))
+    a, b = found
+    assert same(*states) and a.scale == b.scale and a.probes == b.probes and a.agreement == b.agreement
+    assert a.scale in (1, 4, 16) and a.probes[0][0] == 0 and len(a.probes) <= 3
+    need = a.probes[0][1] - .1
+    assert all((agrees >= need) == (scale <= a.scale) for scale, agrees in a.probes[1:]) or a.scale == 1
+    fixed = slim()                                                        # the same student as with that number given
+    again = quick(scale=a.scale, held_out=.25).cleanse(fixed, pool, quiet=True, device='cpu')
+    assert same(state(fixed), states[0]) and again.agreement == a.agreement and again.probes == ()
+
+
+def test_bisection_needs_few_probes():
+    grid = (1, 2, 4, 8, 16, 32)
+    for right in grid:
+        scale, probed = largest_scale(lambda s: float(s <= right), grid, .5)
+        assert scale == right and len(probed) <= 3 and len(set(probed)) == len(probed)
+    assert largest_scale(lambda s: 0., grid, .5)[0] == 1
+
+
+def test_agreement_counts_names(pool):
+    a, b = slim(), slim(seed=1)
+    says = classifier_logits(a, pool).argmax(1)
+    with torch.no_grad(): b.net.fc.bias[says[0]] += 1e4                     # b has one name for everything
+    share = float((says == says[0]).double().mean())
+    assert agreement(a, a, pool) == 1 and agreement(a, b, pool) == agreement(b, a, pool) == share
+    with torch.no_grad(): b.net.fc.bias[(says.max() + 1) % 12] += 1e5       # and now one that a gives to none
+    assert agreement(a, b, pool) == float((says == (says.max() + 1) % 12).double().mean()) < 1
+
+
+def test_known_answers_and_asking_again_teach_the_same(pool):
+    once, again = slim(), slim()
+    quick(epochs=1).cleanse(once, pool, quiet=True, device='cpu')
+    quick(epochs=1, ask_once=False).cleanse(again, pool, quiet=True, device='cpu')
+    for k, v in state(once).items(): assert torch.allclose(v.float(), state(again)[k].float(), atol=1e-4), k
+    half = quick(epochs=1, half_teacher=True, ask_once=False).cleanse(slim(), pool, quiet=True, device='cpu')
+    assert half.history.last('kd') > 0
+
+
+def test_a_pool_of_other_channels_or_too_few_pictures(pool, tmp_path):
+    with pytest.raises(BdnbError, match=r'grey: images must be uint8 \[N, 3'):
+        ArrayCorpus(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), name='grey')
+    (tmp_path/'grey').mkdir()
+    for i in range(3): Image.fromarray(pool.images[i, 0].numpy()).save(tmp_path/'grey'/f'{i}.png')
+    grey = open_corpus(f'folder:{tmp_path}/grey')                          # read as colour, as every picture is
+    assert quick(epochs=1).cleanse(slim(), grey, quiet=True, device='cpu').history.last('step') == 1
+    with pytest.raises(BdnbError, match='3 pictures are too few to hold out 10%'):
+        quick(scale='auto').cleanse(slim(), grey, quiet=True)

@@ -4,38 +4,47 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'RATIOS', 'RELEASED', 'called_layers', 'stage_numbers', 'route', 'own_keys', 'stage_share', 'plan_reset',
-           'check_ratios', 'plan_released', 'fresh_network', 'reset_weights', 'stage_totals', 'BCU']
+           'check_ratios', 'plan_released', 'known_network', 'fresh_network', 'reset_weights', 'stage_totals',
+           'agreement', 'largest_scale', 'Recovered', 'BCU', 'distil', 'pick_scale', 'cleanse', 'hold_out']
 
 # %% ../../nbs/defenses/04_bcu.ipynb #cb07b7a8
 import copy, time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from ..core import BdnbError, derive_seed, did_you_mean, rng
 from ..data.batches import Batches
 from .cleanclip import Cleansed
-from ..evaluate import measuring
-from ..models.classifiers import ARCHITECTURES, Classifier, create_classifier, torchvision_names
+from ..evaluate import as_arrays, measuring
+from ..models.classifiers import ARCHITECTURES, Classifier, classifier_logits, create_classifier, torchvision_names
+from ..models.encoders import RESNETS, VITS, create_encoder
 from ..objectives.distill import Distillation, crop_flip
 from ..train import fit
 
 # %% ../../nbs/defenses/04_bcu.ipynb #39d49d35
 LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention)
 
-def called_layers(model:Classifier)->tuple: # (list of (name, module, side of the answer or None) as first called, logits)
-    "What happens to one grey picture: the layers with weights to multiply. An attention layer is one with its projections."
+def called_layers(model)->tuple: # (list of (name, module, side of the answer or None) as first called, width of the answer)
+    """What happens to one grey picture: the layers with weights to multiply. An attention layer is one with its projections.
+
+    `model` is a `Classifier`, or whatever has `net`, `image_size` and `mean`. A layer whose weights its parent uses without
+    calling it (open_clip's attention pooling, torchvision's Swin) counts as called when the parent is done."""
     seen, found, hooks = set(), [], []
-    def note(name):
-        def hook(module, args, out):
-            if name in seen: return
-            seen.add(name)
-            found.append((name, module, out.shape[-1] if isinstance(module, nn.Conv2d) else None))
-        return hook
+    def note(name, module, out=None):
+        if id(module) in seen: return
+        seen.add(id(module))
+        found.append((name, module, out.shape[-1] if isinstance(module, nn.Conv2d) and out is not None else None))
+    def hook(name):
+        def called(module, args, out):
+            if isinstance(module, LAYERS): return note(name, module, out)
+            for k, child in module.named_children() if name else ():
+                if isinstance(child, LAYERS): note(f'{name}.{k}', child)
+        return called
     inside = {id(c) for m in model.net.modules() if isinstance(m, nn.MultiheadAttention) for c in m.children()}
     for name, m in model.net.named_modules():
-        if isinstance(m, LAYERS) and id(m) not in inside: hooks.append(m.register_forward_hook(note(name)))
+        if id(m) not in inside: hooks.append(m.register_forward_hook(hook(name)))
     try:
         with measuring(model):
             S = model.image_size
@@ -60,18 +69,20 @@ def stage_numbers(sides:list, parts:int=4)->list: # int from 1, one a layer
     return numbers if stage > 1 else [1 + i*parts//len(sides) for i in range(len(sides))]
 
 # %% ../../nbs/defenses/04_bcu.ipynb #c3c0ce49
-def route(model:Classifier)->list: # (layer name, stage name), in calling order
-    "stem, stage1, stage2, ..., head. `BdnbError` with the list of layers when there is no stem, body and head."
+def route(model)->list: # (layer name, stage name), in calling order
+    """stem, stage1, stage2, ..., head. An encoder, which names no classes, has no head: its last layer belongs to the last stage.
+
+    `BdnbError` with the list of layers when there is no stem, body and head."""
     found, C = called_layers(model)
-    names = [n for n, _, _ in found]
+    names, head = [n for n, _, _ in found], hasattr(model, 'classes')
     last = found[-1][1] if found else None
     answers = getattr(last, 'out_features', getattr(last, 'out_channels', None))
-    if len(found) < 3 or answers != C:
+    if len(found) < 3 or head and answers != C:
         why = f"its last layer does not give the {C} logits" if len(found) >= 3 else "it has fewer than three layers"
         raise BdnbError(f"{model.name}: no routing by depth, {why}. Say what to reset by layer name, e.g. "
                         f"ratios={{'{names[-1] if names else 'layer'}': .1}}. Layers: {', '.join(names) or 'none'}")
-    body = stage_numbers([side for _, _, side in found[1:-1]])
-    return list(zip(names, ['stem', *[f'stage{k}' for k in body], 'head']))
+    body = stage_numbers([side for _, _, side in (found[1:-1] if head else found[1:])])
+    return list(zip(names, ['stem', *[f'stage{k}' for k in body], *(['head'] if head else [])]))
 
 # %% ../../nbs/defenses/04_bcu.ipynb #6010fbe5
 RATIOS = dict(stem=.01, stage1=.01, stage2=.03, stage3=.09, stage4=.27, head=.10)   # BCU run/run_defense.sh, ResNet-18
@@ -84,7 +95,7 @@ def own_keys(net, layer:str)->list:
 
 def stage_share(stage:str)->float: return RATIOS.get(stage, RATIOS['stage4'])
 
-def plan_reset(model:Classifier,
+def plan_reset(model, # a `Classifier`, or an encoder with `net`, `name`, `image_size` and `mean`
                ratios=None, # {stage or layer name or its beginning up to a dot: share}; None: the published shares by depth
                scale:float=1., # multiplies every share; the product ends at 1
               )->list: # (parameter name, stage, share)
@@ -127,12 +138,20 @@ def plan_released(model:Classifier, scale:float=1.)->list: # (parameter name, st
     return plan
 
 # %% ../../nbs/defenses/04_bcu.ipynb #b5f13998
-def fresh_network(model:Classifier, seed:int=0)->nn.Module: # on the CPU
+def known_network(model, seed:int): # `nn.Module`, or None
+    "A new network of the model's name, where that is one of ours."
+    name, theirs = model.name, model.name.removeprefix('torchvision/')
+    if hasattr(model, 'classes'):
+        if name not in ARCHITECTURES and theirs not in torchvision_names(): return None
+        return create_classifier(name, model.classes, model.width, model.image_size, seed).net
+    if name.partition('/')[0] not in [*RESNETS, *VITS]: return None
+    return create_encoder(name, model.width, model.image_size, seed).net
+
+def fresh_network(model, seed:int=0)->nn.Module: # on the CPU
     "The same architecture with new weights."
-    if model.name in ARCHITECTURES or model.name.removeprefix('torchvision/') in torchvision_names():
-        new = create_classifier(model.name, model.classes, model.width, model.image_size, derive_seed('bcu fresh', seed)).net
-        shapes = lambda net: {k: v.shape for k, v in net.named_parameters()}
-        if shapes(new) == shapes(model.net): return new
+    shapes = lambda net: {k: v.shape for k, v in net.named_parameters()}
+    new = known_network(model, derive_seed('bcu fresh', seed))
+    if new is not None and shapes(new) == shapes(model.net): return new
     new = copy.deepcopy(model.net).cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed('bcu fresh', seed))
@@ -142,7 +161,7 @@ def fresh_network(model:Classifier, seed:int=0)->nn.Module: # on the CPU
     return new
 
 @torch.no_grad()
-def reset_weights(model:Classifier, # changed in place
+def reset_weights(model, # changed in place
                   plan:list, # of `plan_reset`
                   seed:int=0)->list: # dicts: parameter, stage, share, size, replaced
     "Replace a random share of each planned parameter by fresh values."
@@ -161,60 +180,151 @@ def stage_totals(rows:list)->dict: # {stage: (weights, replaced)}
     return {s: (size[s], done[s]) for s in size}
 
 # %% ../../nbs/defenses/04_bcu.ipynb #862683ee
+def agreement(model:Classifier, teacher:Classifier, corpus)->float: # in 0..1
+    "The share of pictures that both call by the same name. No label is read."
+    a, b = (classifier_logits(m, corpus).argmax(1) for m in (model, teacher))
+    return float((a == b).double().mean())
+
+def largest_scale(agrees, # scale -> agreement, in 0..1: a probe
+                  grid, # scales, ascending
+                  need:float, # least agreement
+                 )->tuple: # (scale, or the smallest one if none agrees enough; list of (scale, agreement), as probed)
+    "The largest scale that keeps enough agreement, by bisection."
+    probed, low, high = [], -1, len(grid) - 1
+    while low < high:
+        at = (low + high + 1)//2
+        probed.append((grid[at], agrees(grid[at])))
+        low, high = (at, high) if probed[-1][1] >= need else (low, at - 1)
+    return grid[max(low, 0)], probed
+
+# %% ../../nbs/defenses/04_bcu.ipynb #09de07b3
+@dataclass(frozen=True)
+class Recovered(Cleansed):
+    "What BCU returns."
+    scale:float=None         # what multiplied the shares
+    agreement:float=None     # with the model that came in, on held-out pictures; None when no picture was held out
+    probes:tuple=()          # (scale, agreement) of each probe, in order; the first is distillation alone
+
+# %% ../../nbs/defenses/04_bcu.ipynb #5dbdcb2b
 @dataclass(frozen=True)
 class BCU:
     "Backdoor cleansing with unlabelled data (arXiv 2211.12044). `BCU()` is the official script, with shares by depth."
     epochs:float=100            # over the unlabelled pictures
-    lr:float=.01                # peak rate of SGD
+    lr:float=.01                # peak rate
     batch_size:int=256          # global; at most the number of pictures
+    optimizer:str='sgd'         # or 'adamw'
     momentum:float=.9           # of SGD
     weight_decay:float=5e-4     # on matrices and kernels
-    scale:float=1.              # multiplies the shares; 0: distillation alone, a control
+    warmup:float=0              # share of the steps
+    scale:object=1.             # multiplies the shares; 0: distillation alone, a control; 'auto': see `largest_scale`
     ratios:object=None          # {stage or layer name: share}; what is not named is kept. None: the published shares
     as_released:bool=False      # the official routing by name, normalisation and all
     t_start:float=1.            # temperature, rising
     t_end:float=4.              # to this in the last epoch
     t_squared:bool=False        # Hinton's factor
     crop_flip:bool=False        # shifted and mirrored views: the official script on CIFAR-10 only
+    half_teacher:bool=False     # the teacher computes in bfloat16
+    ask_once:bool=True          # keep the teacher's answers where no view is drawn
     schedule:str='cosine'       # of the learning rate
     precision:str='no'          # 'bf16' or 'fp16' on a GPU
     seed:int=0                  # of the reset and of the order
-    workers:int=0               # decoding processes for a corpus that is not in memory
+    grid:tuple=(1., 2., 4., 8., 16., 32.) # scales that 'auto' may take
+    tolerance:float=.03         # agreement that the reset may cost in a probe of 'auto'
+    probe:float=.25             # share of the epochs that a probe gets
+    held_out:float=None         # share of the pool to measure agreement on; None: a tenth with 'auto', else nothing
 
-    def reset(self, model:Classifier)->list: # of dicts: parameter, stage, share, size, replaced
-        "Step one alone, in place."
+    def check(self, model):
+        "`BdnbError` for what this cannot cleanse, or options that contradict each other."
         if not isinstance(model, Classifier): raise BdnbError(f"BCU cleanses a Classifier, not a {type(model).__name__}")
         if self.as_released and self.ratios: raise BdnbError("as_released and ratios exclude each other: give one of them")
-        check_ratios(None, self.scale)
+        self.check_scale()
+    def check_scale(self):
+        "`BdnbError` for a scale, or options of 'auto', that make no sense."
+        if self.scale == 'auto':
+            if not self.grid or list(self.grid) != sorted(self.grid): raise BdnbError(f"grid={self.grid}: give scales, ascending")
+            if not 0 < self.probe <= 1: raise BdnbError(f"probe={self.probe}: give a share of the epochs in 0 .. 1")
+        elif not isinstance(self.scale, (int, float)): raise BdnbError(f"scale={self.scale!r}: give a number, or 'auto'")
+        for scale in self.grid if self.scale == 'auto' else [self.scale]: check_ratios(None, scale)
+
+    def reset(self, model)->list: # of dicts: parameter, stage, share, size, replaced
+        "Step one alone, in place."
+        self.check(model)
+        if self.scale == 'auto': raise BdnbError("scale='auto' is picked by cleanse(); to reset alone, give a number")
         plan = plan_released(model, self.scale) if self.as_released else plan_reset(model, self.ratios, self.scale)
         return reset_weights(model, plan, self.seed)
 
-    def cleanse(self, model:Classifier, # replaced in place; after an error it is what it was
-                corpus, # clean pictures; labels are not read
-                out=None, # run folder: log and checkpoint
-                checkpoint_every=None, # optimiser steps
-                quiet=False, # no progress bar
-                **options, # more for `fit`, e.g. device, on_epoch
-               ) -> Cleansed:
-        "Reset and distil. Raises `BdnbError` for an empty pool, a network that cannot be routed, or a loss that is not finite."
-        start, n = time.time(), len(corpus)
-        size = min(self.batch_size, max(1, n))
-        if not isinstance(model, Classifier): raise BdnbError(f"BCU cleanses a Classifier, not a {type(model).__name__}")
-        batches = Batches(corpus, size, seed=self.seed, size=model.image_size, workers=self.workers, drop_last=n % size == 1)
-        teacher = copy.deepcopy(model).requires_grad_(False).eval()        # (a last batch of one has no batch statistics)
+    def objective(self, teacher, corpus):
+        "What the student learns."
         view = crop_flip if self.crop_flip else None
-        objective = Distillation(teacher, self.epochs, self.t_start, self.t_end, self.t_squared, view)
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        try:
-            self.reset(model)
-            model.requires_grad_(True)
-            history = fit(model, objective, batches, steps=max(1, round(self.epochs*len(batches))), lr=self.lr, optimizer='sgd',
-                          momentum=self.momentum, weight_decay=self.weight_decay, schedule=self.schedule,
-                          precision=self.precision, seed=self.seed, out=out, checkpoint_every=checkpoint_every,
-                          what='BCU', quiet=quiet, **options)
-        except BaseException:
-            model.load_state_dict(teacher.state_dict())
-            raise
-        finally:
-            for p, flag in flags: p.requires_grad_(flag)
-        return Cleansed(model, history, time.time() - start)
+        known = classifier_logits(teacher, corpus) if self.ask_once and view is None else None
+        return Distillation(teacher, self.epochs, self.t_start, self.t_end, self.t_squared, view, self.half_teacher, known)
+
+    def agreement(self, model, teacher, corpus): return agreement(model, teacher, corpus)
+
+# %% ../../nbs/defenses/04_bcu.ipynb #96ae9338
+def distil(self:BCU, model, teacher, corpus, **options): # a `History`; options go to `fit`
+    "Reset and distil, in place."
+    n, size = len(corpus), min(self.batch_size, len(corpus))
+    batches = Batches(corpus, size, seed=self.seed, size=model.image_size, drop_last=n % size == 1)
+    steps = max(1, round(self.epochs*len(batches)))                        # (a last batch of one has no batch statistics)
+    objective = self.objective(teacher, corpus)
+    self.reset(model)
+    model.requires_grad_(True)
+    return fit(model, objective, batches, **dict(steps=steps, lr=self.lr, optimizer=self.optimizer, momentum=self.momentum,
+               weight_decay=self.weight_decay, warmup=round(self.warmup*steps), schedule=self.schedule,
+               precision=self.precision, seed=self.seed, what='BCU') | options)
+
+def pick_scale(self:BCU, model, corpus, held, **options)->tuple: # (scale, probes); options go to `fit`
+    "The automatic scale: distillation alone sets the standard, then bisection."
+    def agrees(scale):
+        probe, student = replace(self, scale=scale, epochs=max(self.probe*self.epochs, 1e-9)), copy.deepcopy(model)
+        probe.distil(student, model, corpus, **options | dict(what=f'probe of scale {scale:g}'))
+        return self.agreement(student, model, held)
+    alone = agrees(0.)
+    scale, probed = largest_scale(agrees, list(self.grid), alone - self.tolerance)
+    return scale, ((0., alone), *probed)
+
+BCU.distil, BCU.pick_scale = distil, pick_scale
+
+# %% ../../nbs/defenses/04_bcu.ipynb #ddc8931a
+def cleanse(self:BCU,
+            model, # replaced in place; after an error it is what it was
+            corpus, # clean pictures; labels are not read
+            out=None, # run folder: log and checkpoint
+            checkpoint_every=None, # optimiser steps
+            quiet=False, # no progress bar
+            **options, # more for `fit`, e.g. device, on_epoch
+           ) -> Recovered:
+    "Reset and distil. Raises `BdnbError` for an empty pool, a network that cannot be routed, or a loss that is not finite."
+    start = time.time()
+    self.check(model)
+    corpus, held = hold_out(corpus, self.held_out if self.scale != 'auto' else self.held_out or .1, model.image_size, self.seed)
+    teacher = copy.deepcopy(model).requires_grad_(False).eval()
+    flags, scale, probes = [(p, p.requires_grad) for p in model.parameters()], self.scale, ()
+    try:
+        if scale == 'auto':
+            short = {k: v for k, v in options.items() if k == 'device'}
+            scale, probes = self.pick_scale(teacher, corpus, held, quiet=quiet, **short)
+        run = dict(out=out, checkpoint_every=checkpoint_every, quiet=quiet, **options)
+        history = replace(self, scale=scale).distil(model, teacher, corpus, **run)
+        agrees = self.agreement(model, teacher, held) if held is not None else None
+    except BaseException:
+        model.load_state_dict(teacher.state_dict())
+        raise
+    finally:
+        for p, flag in flags: p.requires_grad_(flag)
+    return Recovered(model, history, time.time() - start, scale=scale, agreement=agrees, probes=probes)
+
+def hold_out(corpus, share, size:int, seed:int)->tuple: # (pictures to teach with, others to measure on or None), in memory
+    "The pool, decoded once and without its labels. `BdnbError` when it is empty or too small to hold anything out."
+    if not len(corpus): raise BdnbError(f"{corpus.name}: the corpus is empty")
+    corpus = as_arrays(corpus, size)._with(labels=None)
+    if not share: return corpus, None
+    if not 0 < share < 1: raise BdnbError(f"held_out={share}: give a share of the pool between 0 and 1")
+    if round(share*len(corpus)) < 1 or round(share*len(corpus)) >= len(corpus):
+        raise BdnbError(f"{corpus.name}: {len(corpus)} pictures are too few to hold out {share:.0%} of them; "
+                        "give more, or a scale")
+    held, rest = corpus.split(share, seed)
+    return rest, held
+
+BCU.cleanse = cleanse
