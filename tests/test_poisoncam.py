@@ -53,22 +53,18 @@ def scan(corpus, **options):
     return PoisonCAM(**how).scan(corpus, encoder(), quiet=True)
 
 
-@pytest.mark.parametrize('masks', ['full', 'random'])
-def test_a_planted_trigger_is_found(masks):
+coarse = pytest.mark.xfail(strict=True, reason='known weakness: half of the picture, or a part of the trigger, is covered and nothing is said')
+
+
+@pytest.mark.parametrize('masks, soft', [('full', True), ('grid', True), ('random', True), pytest.param('interval', True, marks=coarse),
+                                         pytest.param('full', False, marks=coarse), pytest.param('random', False, marks=coarse)])
+def test_a_planted_trigger_is_found(masks, soft):
     corpus, truth, boxes = pile()
-    found = scan(corpus, masks=masks)
+    found = scan(corpus, masks=masks, soft=soft)
     assert found.verdict == FOUND and found.precision_at(20, truth) == 1
     if masks == 'full': assert found.localisation(boxes)['localisation'] >= .95
     quality = found.filter_quality(truth)
     assert quality['recall'] >= .9 and quality['precision'] >= .9
-
-
-def test_hard_votes_are_coarser_than_soft_ones():
-    "A mask that hides a part of the trigger changes no cluster and so says nothing."
-    corpus, truth, boxes = pile()
-    hard, soft = scan(corpus, soft=False), scan(corpus)
-    assert hard.verdict == FOUND
-    assert hard.localisation(boxes)['iou'] <= soft.localisation(boxes)['iou']
 
 
 def test_two_triggers_at_once():
