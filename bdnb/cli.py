@@ -103,13 +103,15 @@ def _unmake(folders):
     for p in folders:
         if p.exists() and not any(p.iterdir()): p.rmdir()
 
+_GO_ON = 'checkpoint.pt', 'row.json', 'stages/*.safetensors', 'encoder.safetensors'       # what a run can go on from
+
 @contextmanager
 def tidy(out):
     "When the body fails: the folder goes away again if the body made it and left nothing in it to go on from."
     made = _made_by(out)
     try: yield
     except BaseException as e:
-        if made and not _rank() and not any(any(out.rglob(n)) for n in ('checkpoint.pt', 'row.json')):
+        if made and not _rank() and not any(any(out.rglob(n)) for n in _GO_ON):
             shutil.rmtree(out, ignore_errors=True)
             _unmake(made[1:])
         if isinstance(e, OSError): raise BdnbError(f'{e.filename or out}: {e.strerror or e}') from e
@@ -145,8 +147,8 @@ def finish(run, metrics=None, model=None, pictures=None, skipped=(), **meta):
     if _rank(): return
     from bdnb.report import save_pictures, write_report
     if model is not None:
-        from bdnb.models.checkpoint import save_checkpoint
-        save_checkpoint(model, run/'model.safetensors', **meta)
+        from bdnb.defenses.bcu_encoders import save_any
+        save_any(model, run/'model.safetensors', **meta)
     if pictures: save_pictures(run, pictures)
     if skipped: write_json(run/'config.json', {**read_json(run/'config.json'), 'skipped': [list(s) for s in skipped]})
     write_json(run/'metrics.json', metrics or {})
@@ -489,19 +491,93 @@ def _cleanse(run, net, defense, clean, held, head, trigger, target, quiet, **opt
     pictures = shots(held, trigger, net.image_size)
     finish(run, result, done.model, pictures, clean.skipped, cleansed_by=repr(defense), cleansed_on=clean.name)
 
+# %% ../nbs/app/02_cli.ipynb #bcucli01
+_BCU_ONLY = 'epochs', 'lr', 'batch_size', 'weight_decay', 'schedule'
+
+def _bcu_options(o):
+    "What the options of the command say to BCU. `BdnbError` for those that it does not have."
+    if o['images'] is None: raise BdnbError('--images: method bcu needs a folder of pictures')
+    for k in ('data', 'warmup', 'clip_weight', 'inmodal_weight', 'probe'):
+        if o[k] is not None: raise BdnbError(f"--{k.replace('_', '-')}: method 'bcu' has no such option")
+    given = {k: o[k] for k in _BCU_ONLY if o[k] is not None} | dict(precision=o['precision'], seed=o['seed'], held_out=.1)
+    if o['scale'] not in (None, 'auto'):
+        try: given['scale'] = float(o['scale'])
+        except ValueError: raise BdnbError(f"--scale {o['scale']!r}: needs a number, or auto") from None
+    return given
+
+def _class_list(text):
+    "Names, or their number."
+    return None if text is None else int(text) if text.isdigit() else _names(text)
+
+def _judge(net, held, trigger, target, quiet):
+    "(metrics, denominators) of a classifier or a CLIP."
+    from bdnb.models.classifiers import Classifier, evaluate_classifier
+    from bdnb.report import counts
+    if not isinstance(net, Classifier): return measure(net, held, trigger, target, quiet=quiet)
+    metrics = evaluate_classifier(net, held, trigger, target if trigger is not None else None, quiet=quiet)
+    return metrics, counts(held, target, metrics)
+
+
+# %% ../nbs/app/02_cli.ipynb #bcucli02
+def _cure_unlabelled(run, net, defense, pool, held, stamp, goal, quiet, **options):
+    "Measure, cleanse, measure, print, write."
+    result, how = dict(target=goal), f'BCU on {pool.name}'
+    if held is not None: result['before'], _ = _judge(net, held, stamp, goal, quiet)
+    done = defense.cleanse(net, pool, out=run, quiet=quiet, **options)
+    result |= dict(seconds=round(done.seconds, 1), scale=done.scale, agreement=done.agreement, probes=done.probes)
+    if held is not None:
+        result['after'], result['counts'] = _judge(net.eval(), held, stamp, goal, quiet)
+        show_metrics(f'BCU on {held.name}', dict(before=result['before'], after=result['after']), result['counts'], goal)
+    steps = [(f'probe of {s:g}', f'{a:.1%}') for s, a in done.probes]
+    show(how, ('scale of the reset', 'agreement with the old model'), [*steps, (f'{done.scale:g}', f'{done.agreement:.1%}')],
+         right=('agreement with the old model',))
+    about = dict(cleansed_by=repr(defense), cleansed_on=pool.name, scale=done.scale, agreement=done.agreement)
+    finish(run, result, net, shots(held, stamp, net.image_size), pool.skipped, **about)
+
+def _unlabelled(o):
+    "`bdnb cleanse --method bcu`: a classifier, an encoder or a CLIP, and pictures that nobody named."
+    from bdnb.defenses.bcu_encoders import bcu_for, load_any
+    from bdnb.models.encoders import Encoder
+    check_learning(o['schedule'], o['precision'])
+    options, quiet, out = _bcu_options(o), o['quiet'] or bool(_rank()), o['out']
+    check_out(out, o['resume'])
+    stamp, goal = aim(o['trigger'], o['target'], o['plan'])
+    given = dict(name=o['model'], classes=_class_list(o['classes']), width=o['width'], image_size=o['size'])
+    net = load_any(o['checkpoint'], **given).to(pick_device(o['device']))
+    if o['test'] is not None and isinstance(net, Encoder): raise BdnbError('--test: an encoder names nothing to measure')
+    defense, spec = bcu_for(net, **options), o['images']
+    defense.check(net)
+    pool = open_at(spec if ':' in spec else f'folder:{spec}', net.image_size)
+    held = open_at(o['test'], net.image_size)
+    check_target(held, goal)
+    config = describe_run('cleanse', f"bcu on {Path(o['checkpoint']).name}", {**o, **vars(defense)}, pool)
+    with running(out, config, o['resume']) as run:
+        _cure_unlabelled(run, net, defense, pool, held, stamp, goal, quiet, device=_stay(o['device']), resume=o['resume'],
+                         checkpoint_every=o['checkpoint_every'])
+    told(pool.skipped)
+
+
 # %% ../nbs/app/02_cli.ipynb #d7722d15
 @app.command()
-def cleanse(checkpoint:_O.checkpoint, data:_needed(str, '--data', help='Clean pictures with captions.'),
+def cleanse(checkpoint:_O.checkpoint, data:_option(str, '--data', help='Clean pictures with captions.')=None,
+            images:_option(str, '--images', help='Method bcu: a folder (or corpus) of pictures, no labels needed.')=None,
             out:_O.out=Path('runs/cleanse'),
-            method:_option(str, '--method', help='cleanclip, finetune, ...')='cleanclip', epochs:_O.epochs=None, lr:_O.lr=None,
+            method:_option(str, '--method', help='cleanclip, finetune, bcu.')='cleanclip', epochs:_O.epochs=None, lr:_O.lr=None,
             batch_size:_O.batch_size=None, warmup:_O.warmup=None, weight_decay:_O.weight_decay=None, schedule:_O.schedule=None,
             clip_weight:_option(float, '--clip-weight', min=0, help='Weight of the cross-modal loss.')=None,
             inmodal_weight:_option(float, '--inmodal-weight', min=0, help='Weight of the in-modal loss.')=None,
+            scale:_option(str, '--scale', help='Method bcu: size of the reset, a number or auto.')=None,
+            classes:_option(str, '--classes', help='Method bcu: names or number, where the file does not say them.')=None,
+            width:_option(int, '--width', min=1, help='And the width of the network.')=None, size:_O.size=None,
             precision:_O.precision='no', seed:_O.seed=0, workers:_O.workers=0, model:_O.architecture=None, test:_O.test=None,
             trigger:_O.trigger=None, target:_O.target=None, plan:_O.plan=None, probe:_O.probe=None,
             checkpoint_every:_O.checkpoint_every=500, resume:_O.resume=True, device:_O.device=None, quiet:_O.quiet=False):
-    "Cleanse a model with clean pairs; with --test, --trigger and --target, measure before and after."
+    "Cleanse a model with clean pairs, or with bare pictures; with --test, --trigger and --target, measure before and after."
     options = dict(locals())
+    if method == 'bcu': return _unlabelled(options)
+    if data is None: raise BdnbError(f'--data: method {method!r} needs clean pictures with captions; or --method bcu --images')
+    for k in ('images', 'scale', 'classes', 'width', 'size'):
+        if options[k] is not None: raise BdnbError(f'--{k}: only for --method bcu')
     from bdnb.models.checkpoint import load_checkpoint
     check_learning(schedule, precision)
     given = 'epochs lr batch_size warmup weight_decay schedule clip_weight inmodal_weight precision seed workers'.split()
@@ -545,21 +621,39 @@ def evaluate(checkpoint:_O.checkpoint, corpus:_O.corpus, trigger:_O.trigger=None
         finish(run, dict(target=goal, after=metrics, counts=number), None, shots(test, stamp, net.image_size), test.skipped)
 
 # %% ../nbs/app/02_cli.ipynb #d5524d6c
-def _encoder(checkpoint, train, architecture, pictures, out, quiet, seed):
-    "The encoder of a file, or one trained on the pictures into `out`."
+def _encoder(checkpoint, train, architecture, pictures, out, quiet, seed, device, team):
+    "The encoder of a file, or one trained on the pictures into `out`. `BdnbError` when `out` holds an encoder of another run."
     from bdnb.models.encoders import load_encoder, save_encoder
     if (checkpoint is None) == (train is None): raise BdnbError('give either --encoder CHECKPOINT or --train METHOD')
     if checkpoint is not None: return load_encoder(checkpoint, architecture).eval()
-    from bdnb.ssl_study import SSL_METHODS
+    from bdnb.defenses.findings import contents
+    from bdnb.models.checkpoint import read_header
     from bdnb.objectives.ssl import train_encoder
+    from bdnb.ssl_study import SSL_METHODS
     known = {'moco': 'mocov2', **{m: m for m in SSL_METHODS}}
     check_choice('--train', train, list(known))
     recipe, done = SSL_METHODS[known[train]], out/'encoder'/'encoder.safetensors'
+    pile = pictures(recipe.image_size)
+    made = dict(method=known[train], seed=seed, pictures=contents(pile.images, pile.keys))
     if not done.exists():
-        net, _, _ = train_encoder(pictures(recipe.image_size), recipe, seed, out=out/'encoder', quiet=quiet)
-        save_encoder(net, done)
+        net, _, _ = train_encoder(pile, recipe, seed, out=out/'encoder', quiet=quiet, device=_stay(device))
+        if not _rank(): save_encoder(net, done, **made)
+        if team: team.wait()
+    elif read_header(done).get('meta') != made:
+        raise BdnbError(f'{done.parent}: holds an encoder of another method, seed or corpus; choose another --out')
     return load_encoder(done).eval()
 
+def _team(device):
+    "The processes that torchrun started, or None."
+    if int(os.environ.get('WORLD_SIZE') or 1) < 2: return None
+    from bdnb.defenses.findings import Team
+    return Team(device == 'cpu')
+
+def _usual_batch(size):
+    "Pictures in one pass of a scan, so that a ResNet-18 needs some gigabytes at most."
+    return 512 if size <= 112 else max(16, 2**int(math.log2(512*(112/size)**2)))
+
+# %% ../nbs/app/02_cli.ipynb #9f7be2c4
 @app.command()
 def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of the encoder that was trained on the corpus.')=None,
          train:_option(str, '--train', help='Train one instead: moco, simclr, byol, mocov3 (small, 32 px).')=None,
@@ -568,23 +662,37 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
          window:_option(float, '--window', min=0, help="Side of the window, as a share of the picture's.")=None,
          clusters:_option(int, '--clusters', min=2, help='How many; by default one for 100 pictures.')=None,
          search:_option(str, '--search', help='patchsearch, adaptive or all.')=None,
+         batch_size:_option(int, '--batch-size', min=1, help='Pictures in one pass; by default what fits their size.')=None,
          seed:_O.seed=0, device:_O.device=None, quiet:_O.quiet=False):
     "Find poisoned pictures in a corpus (PoisonCAM): findings, a clean list, a report."
+    from dataclasses import replace
+    from functools import lru_cache
     from bdnb.data.doors import open_corpus
     from bdnb.defenses.poisoncam import PoisonCAM
-    from bdnb.scan import scan_corpus
-    given = dict(window=window, clusters=clusters, search=search)
+    from bdnb.scan import scan_corpus, shared_pictures
+    given = dict(window=window, clusters=clusters, search=search, batch=batch_size)
     detector = PoisonCAM(seed=seed, **{k: v for k, v in given.items() if v is not None})
     pile = open_corpus(corpus)
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not any((out/n).exists() for n in ('stages', 'encoder'))):
         raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
+    team, quiet = _team(device), quiet or bool(_rank())
+    pictures = lru_cache(lambda size: shared_pictures(pile, size, team, quiet))
     with tidy(out):
-        net = _encoder(encoder, train, model, pile.cache, out, quiet, seed)
-        found = scan_corpus(pile, net, out, detector, command_line(), quiet, pick_device(device))
+        net = _encoder(encoder, train, model, pictures, out, quiet, seed, device, team)
+        if batch_size is None: detector = replace(detector, batch=_usual_batch(net.image_size))
+        where = pick_device(device)
+        found = scan_corpus(pictures(net.image_size), net, out, detector, command_line(), quiet, where, corpus, team)
+    if team: team.close()
+    if not _rank(): _show_scan(found, out)
+
+def _show_scan(found, out):
+    "Print what a scan found, and where."
     e = found.evidence
+    told(e['skipped'])
     show(found.verdict, ('', ''), [('pictures', f'{len(found.keys):,}'), ('examined', f'{int(found.searched.sum()):,}'),
                                    ('to leave out', f'{int((~found.keep).sum()):,}'), ('skipped', f"{len(e['skipped']):,}"),
                                    ('forward passes', f"{sum(e['forwards'].values()):,}")], right=('',))
+    if e.get('clean'): print(f"what was kept: {plain(e['clean'])}")
     print(f"report: {out/'report.html'}")
 
 # %% ../nbs/app/02_cli.ipynb #0b7e6dc8
@@ -625,24 +733,53 @@ def _show_tour(rows):
 # %% ../nbs/app/02_cli.ipynb #26f60c9e
 def _ssl_tour(o):
     "The tour of a self-supervised victim: see `bdnb.ssl_study`."
-    from bdnb.ssl_study import make_ssl_study, ssl_tour
+    from bdnb.ssl_study import SSL_METHODS, make_ssl_study, ssl_tour
     given = dict(target=o['target'], rate=o['rate'], n=o['n'], test_n=o['test_n'], epochs=o['epochs'], batch_size=o['batch_size'],
                  image_size=o['size'])
-    study = make_ssl_study(**{k: v for k, v in given.items() if v is not None})
+    name = 'wallpapers' if o['recipe'] == 'shapes' or o['recipe'] in SSL_METHODS else o['recipe']
+    given['method'] = o['recipe'] if o['recipe'] in SSL_METHODS else None
+    study = make_ssl_study(name, **{k: v for k, v in given.items() if v is not None})
     attacks = _attacks(o['attacks']) if o['attacks'] != 'badnet' else ['patch:pattern=10']
+    systems = [s for s in _names(o['only']) if s != 'victims']
     data, out = 'wallpapers' if o['data'] == 'shapes' else o['data'], o['out']
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):
         raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
-    with tidy(out): rows = ssl_tour(out, data, o['test'], None, attacks, ['poisoncam'], _whole_numbers('--seeds', o['seeds']),
-                                    o['results'], study, quiet=o['quiet'])
-    write_json(out/'config.json', describe_run('tour', f"{', '.join(attacks)} against poisoncam", o))
+    with tidy(out): rows = ssl_tour(out, data, o['test'], None, attacks, systems, _whole_numbers('--seeds', o['seeds']),
+                                    o['results'], study, None if name == 'wallpapers' else name, quiet=o['quiet'])
+    write_json(out/'config.json', describe_run('tour', f"{', '.join(attacks)} against {', '.join(systems) or 'nobody'}", o))
     _show_tour(rows)
     keys = [k for k in ('localisation', 'precision@20', 'recall', 'precision') if any(k in r['after'] for r in rows)]
     cells = lambda r: [f"{r['after'].get(k, float('nan')):.3f}" for k in keys]
-    lines = [(r['attack'], r['seed'], *cells(r)) for r in rows if r['system'] == 'poisoncam']
-    show('Detection', ('attack', 'seed', *keys), lines, right=('seed', *keys))
+    lines = [(r['attack'], r['system'], r['seed'], *cells(r)) for r in rows if r['system'] in systems]
+    if lines: show('Detection', ('attack', 'system', 'seed', *keys), lines, right=('seed', *keys))
     finish(out, dict(rows=rows))
 
+# %% ../nbs/app/02_cli.ipynb #97bd3358
+def _bcu_tour(o):
+    "The tour of a classifier: see `bdnb.classifier_study`."
+    from bdnb.attacks.supervised import make_supervised_attack
+    from bdnb.classifier_study import TABLE_CLASSIFIER_ATTACKS, Pool, classifier_tour, make_classifier_recipe
+    check_learning(None, o['precision'])
+    asked = {**{k: o[k] for k in 'target n test_n epochs batch_size precision'.split()}, 'arch': o['model'],
+             'image_size': o['size'], 'pool_n': o['clean_n']}
+    wanted = {'all': list(TABLE_CLASSIFIER_ATTACKS), 'badnet': ['badnets', 'blended']}.get(o['attacks'], _names(o['attacks']))
+    study = make_classifier_recipe(o['recipe'], **{k: v for k, v in asked.items() if v is not None})
+    if o['rate'] is not None: study = study.with_rate(wanted, o['rate'])
+    systems, out = list(dict.fromkeys(['kd_only', *_names(o['only'])])), o['out']
+    name = None if o['recipe'] == 'shapes' else o['recipe']                      # what the rows call the data
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):
+        raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
+    name = None if o['recipe'] == 'shapes' else o['recipe']
+    with tidy(out):
+        rows = classifier_tour(out, o['data'], o['test'], wanted, systems, _whole_numbers('--seeds', o['seeds']),
+                               [Pool(o['clean'])], o['results'], study, name, o['quiet'])
+    write_json(out/'config.json', describe_run('tour', f"{', '.join(wanted)} against {', '.join(systems)}", {**o, **vars(study)}))
+    _show_tour(rows)
+    picks = [(r['attack'], r['seed'], f"{r['scale']:g}", f"{r['agreement']:.1%}") for r in rows if r.get('agreement') is not None]
+    show('What BCU picked', ('attack', 'seed', 'scale', 'agreement with the victim'), picks, right=('seed', 'scale'))
+    finish(out, dict(rows=rows))
+
+# %% ../nbs/app/02_cli.ipynb #7466c3fd
 @app.command()
 def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and report; finished rows are kept.')=Path('runs/tour'),
          data:_option(str, '--data', help='shapes, or a corpus.')='shapes', test:_O.test=None,
@@ -650,7 +787,7 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
          clean:_option(str, '--clean', help='Clean corpus for the cures; by default held out of --data.')=None,
          attacks:_option(str, '--attacks', help='Names with commas between, or all.')='badnet',
          defenses:_option(str, '--defenses', help='Names with commas between.')='finetune,cleanclip',
-         only:_option(str, '--only', help='Only these of the systems.')=None,
+         only:_option(str, '--only', help='Only these systems; victims: a self-supervised victim without any.')=None,
          seeds:_option(str, '--seeds', help='With commas between.')='0',
          results:_option(Path, '--results', help='Write the rows to this JSON file.')=None, target:_O.target=None,
          rate:_option(float, '--rate', help='Poisoned share.')=None, model:_O.model=None, size:_O.size=None,
@@ -660,7 +797,9 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
          epochs:_O.epochs=None, batch_size:_O.batch_size=None, precision:_O.precision=None, quiet:_O.quiet=False):
     "Attack by defence: poison, train, measure, cleanse and measure again, for every attack, system and seed."
     options = dict(locals())
-    if _names(only) == ['poisoncam']: return _ssl_tour(options)
+    from bdnb.ssl_study import ERASE, detectors
+    if _names(only) and {s.removesuffix(ERASE) for s in _names(only)} <= {'victims', *detectors()}: return _ssl_tour(options)
+    if 'bcu' in _names(only): return _bcu_tour(options)
     from bdnb.study import DEFENSES, make_recipe, tour as run_tour
     check_learning(None, precision)
     given = {k: options[k] for k in 'target rate model epochs n test_n clean_n batch_size precision'.split()}
@@ -683,3 +822,6 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
 # %% ../nbs/app/02_cli.ipynb #e4f59d7e
 _ORDER = 'attack', 'train', 'scan', 'cleanse', 'evaluate', 'tour', 'corpora', 'triggers', 'models'
 app.registered_commands.sort(key=lambda c: _ORDER.index(c.name or c.callback.__name__))
+
+# %% ../nbs/app/02_cli.ipynb #7a5c20de
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -3,7 +3,8 @@
     python bench/kernels.py [--out results/race-kernels.json]
     python bench/kernels.py --gpu [--out results/race-kernels-gpu.json]
 
-On a CPU, sides alternating in one run, medians of `--blocks`, by wall clock (quiet machine; four minutes on two cores):
+On a CPU, sides alternating in one run, medians of `--blocks`. The clock is the wall's: run it on a quiet machine (four minutes on
+two cores), or with `--cpu --threads 1` on a busy one, to count CPU seconds.
 
 - the hottest window of a map: `best_windows` against the convolution with w x w ones of the published code. Goal: 10 times.
 - spherical k-means against faiss-cpu, from the same features, with the same number of iterations, all features used and the final
@@ -34,22 +35,24 @@ from bdnb.kernels.kmeans import spherical_kmeans
 
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)
 NETS = dict(resnet18=512, vit_b_16=768)
+now = time.perf_counter               # `--cpu`: time.process_time
 
 
-def race(blocks, clock, **sides):
+def race(blocks, measure, **sides):
     "Median milliseconds of each side, sides alternating, after one round unmeasured."
     taken = {k: [] for k in sides}
     for block in range(blocks + 1):
         for k, side in sides.items():
-            ms = clock(side)
+            ms = measure(side)
             if block: taken[k].append(ms)
     return {k: statistics.median(v) for k, v in taken.items()}
 
 
-def wall(side):
-    start = time.perf_counter()
+def clock(side):
+    "Milliseconds of one call."
+    start = now()
     side()
-    return (time.perf_counter() - start)*1e3
+    return (now() - start)*1e3
 
 
 def on_gpu(side, repeats=10):
@@ -97,7 +100,7 @@ def race_windows(o):
         heat, ones = torch.rand(B, side, side, generator=rng('heat')), torch.ones(1, 1, w, w)
         by_conv = lambda: F.conv2d(heat[:, None], ones).flatten(1).max(1)
         if not torch.allclose(best_windows(heat, w)[2], by_conv()[0], rtol=1e-4): raise BdnbError('the window searches disagree')
-        t = race(o.blocks, wall, ours=lambda: best_windows(heat, w), conv=by_conv)
+        t = race(o.blocks, clock, ours=lambda: best_windows(heat, w), conv=by_conv)
         size = f'{B} maps of {side} px, window {w}'
         rows.append(row('window search', size, 'best_windows', f'conv2d with {w} x {w} ones', t['ours'], t['conv'],
                         goal=10 if w == 60 else None))
@@ -119,7 +122,7 @@ def race_kmeans(o):
             km = faiss.Kmeans(o.d, o.k, niter=o.iterations, nredo=1, spherical=True, seed=1, max_points_per_centroid=2**30)
             km.train(unit)
             last['faiss'] = km.index.search(unit, 1)[0].mean()
-        t = race(max(1, o.blocks//2), wall, ours=ours, faiss=theirs)
+        t = race(max(1, o.blocks//2), clock, ours=ours, faiss=theirs)
         size = f'N={o.n:,}, d={o.d}, K={o.k}, {len(last["ours"].inertia) - 1} of {o.iterations} iterations, features {what}'
         rows.append(row('k-means', size, 'spherical_kmeans', 'faiss-cpu', t['ours'], t['faiss'], 's', goal=1/1.3,
                         cosine=float(last['ours'].similarity.mean()), peer_cosine=float(last['faiss'])))
@@ -135,7 +138,7 @@ def cpu_share(o):
         views = masked_views(images, masks, mean=MEAN, std=STD)
         z, c = directions(16, d, 1000, 1.)
         own, base = torch.zeros(2, dtype=torch.int64), torch.ones(2)
-        t = race(2, wall, views=lambda: masked_views(images, masks, mean=MEAN, std=STD),
+        t = race(2, clock, views=lambda: masked_views(images, masks, mean=MEAN, std=STD),
                  votes=lambda: recluster_vote(z, c, own, base, masks), forward=lambda: net(views))
         rest = t['views'] + t['votes']
         rows.append(row('share of a scan', f'16 views of 224 px, {name}, K=1000', 'masked_views and recluster_vote',
@@ -275,6 +278,7 @@ def main():
     p.add_argument('--out', help='results/race-kernels.json; with --gpu results/race-kernels-gpu.json')
     p.add_argument('--blocks', type=int, default=5, help='timed rounds (k-means: half as many)')
     p.add_argument('--threads', type=int, default=2)
+    p.add_argument('--cpu', action='store_true', help='count CPU seconds')
     p.add_argument('--n', type=int, default=127_000, help='features of the k-means race')
     p.add_argument('--d', type=int, default=512, help='their dimensions')
     p.add_argument('--k', type=int, default=1000, help='clusters')
@@ -282,6 +286,8 @@ def main():
     p.add_argument('--pictures', type=int, default=64, help='pictures of a batch on the GPU')
     p.add_argument('--masks', type=int, default=144, help='masks of a batch on the GPU')
     o = p.parse_args()
+    if o.cpu and o.threads != 1: p.error('--cpu counts the time that threads wait for each other: add --threads 1')
+    if o.cpu: globals().update(now=time.process_time)
     limit_threads(o.threads)
     extra = dict(threads=o.threads, load=[round(v, 2) for v in os.getloadavg()])
     if o.gpu:
@@ -295,7 +301,7 @@ def main():
     out = o.out or f'results/race-kernels{"-gpu" if o.gpu else ""}.json'
     words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
     write_json(out, dict(study=Path(out).stem, **stamp(' '.join(['python bench/kernels.py', *words])), rows=rows, blocks=o.blocks,
-                         clock='gpu' if o.gpu else 'wall', **extra))
+                         clock='gpu' if o.gpu else 'cpu' if o.cpu else 'wall', **extra))
 
 
 if __name__ == '__main__': main()

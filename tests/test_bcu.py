@@ -10,8 +10,8 @@ from bdnb.core import BdnbError
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.doors import open_corpus
 from bdnb.data.shapes import ShapeCaps
-from bdnb.defenses.bcu import (BCU, RATIOS, agreement, largest_scale, plan_released, plan_reset, reset_weights, route,
-                               stage_totals)
+from bdnb.defenses.bcu import (BCU, RATIOS, agreement, chance_agreement, largest_scale, plan_released, plan_reset, reset_weights,
+                               route, stage_totals)
 from bdnb.models.classifiers import Classifier, classifier_logits, create_classifier
 from bdnb.objectives.distill import Distillation, kd_loss, temperature
 
@@ -154,7 +154,8 @@ def test_non_finite_logits_stop_the_run(pool):
 @pytest.mark.parametrize('options, words', [
     (dict(ratios={'layer9': .1}), "no stage or layer 'layer9'"), (dict(ratios={'stem': -1}), 'stem=-1'),
     (dict(scale=-1), 'scale=-1'), (dict(scale='some'), "scale='some'"), (dict(scale='auto', grid=(4., 2.)), 'ascending'),
-    (dict(scale='auto', probe=0), 'probe=0'), (dict(held_out=1.5), 'held_out=1.5'), (dict(optimizer='adam'), 'adamw'),
+    (dict(scale='auto', probe=0), 'probe=0'), (dict(scale='auto', tolerance=1.), 'tolerance=1'),
+    (dict(held_out=1.5), 'held_out=1.5'), (dict(optimizer='adam'), 'adamw'),
     (dict(as_released=True, ratios={'stem': .1}), 'exclude'), (dict(t_start=0), 'positive'), (dict(epochs=0), 'epochs')])
 def test_bad_options(pool, options, words):
     model = slim()
@@ -202,7 +203,10 @@ def test_auto_scale_reads_no_label_and_is_the_same_again(pool):
     a, b = found
     assert same(*states) and a.scale == b.scale and a.probes == b.probes and a.agreement == b.agreement
     assert a.scale in (1, 4, 16) and a.probes[0][0] == 0 and len(a.probes) <= 3
-    need = a.probes[0][1] - .1
+    held = pool.split(.25, 0)[0]
+    says = classifier_logits(slim(), held).argmax(1)
+    chance = sum(float((says == k).double().mean())**2 for k in range(12))
+    need = a.probes[0][1] - .1*max(0., a.probes[0][1] - chance)
     assert all((agrees >= need) == (scale <= a.scale) for scale, agrees in a.probes[1:]) or a.scale == 1
     fixed = slim()                                                        # the same student as with that number given
     again = quick(scale=a.scale, held_out=.25).cleanse(fixed, pool, quiet=True, device='cpu')
@@ -225,6 +229,20 @@ def test_agreement_counts_names(pool):
     assert agreement(a, a, pool) == 1 and agreement(a, b, pool) == agreement(b, a, pool) == share
     with torch.no_grad(): b.net.fc.bias[(says.max() + 1) % 12] += 1e5       # and now one that a gives to none
     assert agreement(a, b, pool) == float((says == (says.max() + 1) % 12).double().mean()) < 1
+
+
+def test_a_guess_of_the_commonest_name_is_worth_nothing(pool):
+    "Where nine of ten pictures have one name, calling everything so agrees to 90 %, and must not pass."
+    teacher = slim()
+    says = classifier_logits(teacher, pool).argmax(1)
+    by_hand = sum((float((says == k).sum())/len(pool))**2 for k in range(12))
+    assert abs(chance_agreement(teacher, pool) - by_hand) < 1e-12
+    class Mostly(BCU):
+        def distil(self, model, *args, **options): model.scale = self.scale
+        def agreement(self, model, *args): return .98 if model.scale == 0 else .95 if model.scale <= 4 else .9
+        def chance(self, *args): return .9**2 + .1**2
+    scale, probes = Mostly(scale='auto').pick_scale(teacher, pool, pool)
+    assert scale == 4 and probes[0] == (0., .98)
 
 
 def test_known_answers_and_asking_again_teach_the_same(pool):

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'CROSS', 'SUPERVISED_ATTACKS', 'moved', 'moved_mirrored', 'labelled', 'victim', 'batches_of',
-           'train_classifier', 'Recipe', 'list_supervised_attacks', 'SupervisedAttack', 'make_supervised_attack',
-           'Attacked', 'attack_classifier']
+           'train_classifier', 'pgd', 'WaNetNoise', 'Recipe', 'list_supervised_attacks', 'SupervisedAttack', 'replaced',
+           'harden', 'cover_rows', 'add_cover', 'train_surrogate', 'make_supervised_attack', 'Attacked', 'joint_shares',
+           'train_input_aware', 'attack_classifier']
 
-# %% ../../nbs/attacks/10_supervised.ipynb #8621f82a
+# %% ../../nbs/attacks/10_supervised.ipynb #685e73b7
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import import_module
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .poisoning import Poisoned, Poisoning, choose_rows
+from . import ssba
+from .inputaware import InputAwareObjective, Joint, MaskObjective
+from .lowfrequency import LowFrequency, learn_low_frequency
+from .poisoning import Poisoned, Poisoning, _stamp, choose_rows
 from .triggers import Trigger, WaNet, make_trigger, picture_uri, register_trigger, seeds_from_keys
 from ..core import BdnbError, derive_seed, did_you_mean, hash_uniform, rng, write_json
 from ..data.batches import Batches
@@ -26,7 +29,7 @@ from ..objectives.classify import CrossEntropyObjective, frozen
 from ..objectives.distill import crop_flip
 from ..train import History, fit
 
-# %% ../../nbs/attacks/10_supervised.ipynb #6a32201f
+# %% ../../nbs/attacks/10_supervised.ipynb #3e2bccca
 def moved(images, generator, rows=None, flip=False):
     "A random shift by up to an eighth of the side."
     return crop_flip(images, generator, pad=max(1, images.shape[-1]//8), flip=flip, rows=rows)
@@ -50,12 +53,12 @@ def victim(corpus:ArrayCorpus, arch:str='resnet18', width:int=16, seed:int=0, **
     "A fresh network for the corpus' classes and picture size; `options` go to `create_classifier`."
     return create_classifier(arch, corpus.classes, width, corpus.image_size[0], derive_seed('victim', seed), **options)
 
-def batches_of(corpus, batch_size, seed):
-    "All pictures every epoch; only a last batch of a single picture, which has no batch statistics, is left out."
+def batches_of(corpus, batch_size, seed, whole=False):
+    "All pictures every epoch; a last batch of one, which has no batch statistics, or with `whole` any smaller one, is left out."
     size = max(1, min(batch_size, len(corpus)))
-    return Batches(corpus, size, seed=derive_seed('victim', seed), drop_last=len(corpus) % size == 1)
+    return Batches(corpus, size, seed=derive_seed('victim', seed), drop_last=whole or len(corpus) % size == 1)
 
-# %% ../../nbs/attacks/10_supervised.ipynb #fdd11cad
+# %% ../../nbs/attacks/10_supervised.ipynb #41c8ba6a
 def train_classifier(corpus, # with labels
                      seed:int=0, # of weights, order and augmentation
                      arch:str='resnet18', # see `list_classifiers()`
@@ -80,7 +83,39 @@ def train_classifier(corpus, # with labels
                   **options)
     return model.eval(), history
 
-# %% ../../nbs/attacks/10_supervised.ipynb #71d7bae2
+# %% ../../nbs/attacks/10_supervised.ipynb #f09ab847
+def pgd(model:Classifier, # clean; stays as it is
+        images, # uint8 [N, 3, S, S]
+        labels, # int64 [N]: what they show
+        eps:float=8/255, # radius of the ball, largest change of a pixel
+        alpha:float=1.5/255, # length of a step
+        steps:int=100, batch:int=256)->torch.Tensor: # uint8 [N, 3, S, S], on the CPU
+    "Each picture where the model's loss is large, within the ball around it."
+    device, made, reach = model.mean.device, [], int(eps*255 + 1e-6)
+    with measuring(model), frozen(model.parameters()), torch.enable_grad():
+        for i in range(0, len(images), batch):
+            whole, y = images[i:i + batch].to(device), torch.as_tensor(labels[i:i + batch]).to(device)
+            x = first = whole.float()/255
+            for _ in range(steps):
+                x = x.detach().requires_grad_()
+                g, = torch.autograd.grad(F.cross_entropy(model(x), y, reduction='sum'), x)
+                x = (first + (x.detach() + alpha*g.sign() - first).clamp(-eps, eps)).clamp(0, 1)
+            change = ((x*255).round() - whole.float()).clamp(-reach, reach)
+            made.append((whole.float() + change).to(torch.uint8).cpu())
+    return torch.cat(made) if made else images
+
+# %% ../../nbs/attacks/10_supervised.ipynb #d0e40354
+@register_trigger('wanet_noise', "WaNet's noise mode, arXiv:2102.10369")
+@dataclass(frozen=True, repr=False)
+class WaNetNoise(WaNet):
+    "The warp of 'wanet' with a jitter of each pixel on top, drawn anew for every picture."
+    def paint(self, x, seeds):
+        H, W = x.shape[-2:]
+        u = hash_uniform(seeds, 2*H*W).view(-1, H, W, 2).to(x)*2 - 1
+        grid = (self.grid(H, W).to(x) + u/torch.tensor([W, H]).to(x)).clamp(-1, 1)
+        return F.grid_sample(x, grid, mode='bilinear', padding_mode='border', align_corners=True) if len(x) else x.clone()
+
+# %% ../../nbs/attacks/10_supervised.ipynb #15ad34fd
 CROSS = torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.uint8).mul(255).expand(3, 3, 3).contiguous()
 
 @dataclass(frozen=True)
@@ -101,14 +136,23 @@ SUPERVISED_ATTACKS = dict(
     blended=Recipe('blended', dict(alpha=.2, pattern='fixed-noise', pattern_seed='seed'),
                    'arXiv:1712.05526; BCU config/attack/blended'),
     sig=Recipe('sig', dict(delta=20/255, freq=6.), 'arXiv:1902.11237; BCU config/attack/sig', .8, 'target_class',
-               'label_consistent'))
+               'label_consistent'),
+    label_consistent=Recipe('badnet', dict(size=3, place='corners', pattern=picture_uri(CROSS)),
+                            'arXiv:1912.02771; BCU config/attack/lc, resource/label_consistent', .5, 'target_class',
+                            'label_consistent', extra=dict(pgd_steps=100)),
+    wanet=Recipe('wanet', dict(k=4, s=.5, pattern_seed='seed'), 'arXiv:2102.10369; BCU config/attack/wanet',
+                 extra=dict(cover_ratio=2.)),
+    input_aware=Recipe('input_aware', {}, 'arXiv:2010.08138; BCU config/attack/inputaware', tag='training_control'),
+    ctrl=Recipe('ctrl', {}, 'arXiv:2210.07346; BackdoorBench attack/ctrl.py', .05, mode='label_consistent'),
+    low_frequency=Recipe('low_frequency', dict(pattern_seed='seed'), 'arXiv:2104.03413; BackdoorBench resource/lowFrequency'),
+    ssba=Recipe('ssba', dict(pattern_seed='seed'), 'arXiv:2012.03816; BackdoorBench attack/ssba.py'))
 
 def list_supervised_attacks()->list: # of dicts: name, tag, mode, rate, rate_of, source
     "The attacks there are."
     return [dict(name=n, tag=r.tag, mode=r.mode, rate=r.rate, rate_of=r.rate_of, source=r.source)
             for n, r in SUPERVISED_ATTACKS.items()]
 
-# %% ../../nbs/attacks/10_supervised.ipynb #3cf80b5d
+# %% ../../nbs/attacks/10_supervised.ipynb #f5492680
 @dataclass(frozen=True)
 class SupervisedAttack:
     "An attack on a classifier: a plan, and what must happen to some pictures before the trigger comes or beside it."
@@ -119,31 +163,103 @@ class SupervisedAttack:
     rate_of:str='train'               # of the whole set, or of the 'target_class'
     mode:str='dirty'                  # 'dirty' or 'label_consistent'
     seed:int=0
-    tag:str='data_poisoning'
+    tag:str='data_poisoning'          # or 'training_control'
+    cover_ratio:float=0.              # WaNet: noise samples for each poisoned one; they keep their labels
+    pgd_steps:int=0                   # label-consistent: steps of `pgd` on what is poisoned, before the trigger
+    pgd_eps:float=8/255               # its ball
+    pgd_alpha:float=1.5/255           # its step
+    search_steps:int=0                # low-frequency: steps of the search for the pattern; 0: the seed's
 
     def __post_init__(self):
         for option, known in (('rate_of', ('train', 'target_class')), ('mode', ('dirty', 'label_consistent'))):
             v = getattr(self, option)
-            if v not in known: raise BdnbError(f'attack {self.name}: {option}={v!r}; {did_you_mean(v, known)}')
+            self.need(option, v in known, did_you_mean(v, known))
+        for option in ('cover_ratio', 'pgd_eps', 'pgd_alpha'):
+            v = getattr(self, option)
+            self.need(option, isinstance(v, (int, float)) and 0 <= v < float('inf'), 'must be a number from 0')
+        for option in ('pgd_steps', 'search_steps'):
+            v = getattr(self, option)
+            self.need(option, type(v) is int and v >= 0, 'must be a whole number from 0')
+        self.need('cover_ratio', not self.cover_ratio or isinstance(self.trigger, WaNet), 'only wanet has noise samples')
+        self.need('search_steps', not self.search_steps or isinstance(self.trigger, LowFrequency), 'only for low_frequency')
         Poisoning(self.trigger, self.target, self.rate, mode=self.mode, captions='keep', seed=self.seed)    # checks the rest
 
+    def need(self, option, ok, why):
+        if not ok: raise BdnbError(f'attack {self.name}: {option}={getattr(self, option)!r}: {why}')
+
+    @property
+    def needs_surrogate(self)->bool: return self.pgd_steps > 0 or self.search_steps > 0
+
     def plan(self, corpus)->Poisoning:
-        "The plan for this corpus: the same one, with the rate turned into a count where it is a share of the target class."
+        "The plan for this corpus: the rate becomes a count where it is a share of the target class."
         share = dict(rate=self.rate)
+        if corpus.labels is None: raise BdnbError(f'{corpus.name}: an attack on a classifier needs labels, and it has none')
         if self.rate_of == 'target_class':
             share = dict(count=max(1, round(self.rate*int((corpus.labels == corpus.target_id(self.target)).sum()))))
         return Poisoning(self.trigger, self.target, **share, mode=self.mode, captions='keep', seed=self.seed)
 
     def describe(self, corpus)->str:
         "Two lines: the plan, and the shares that come out of it."
-        return f"{self.name} ({self.tag}): {self.plan(corpus := labelled(corpus)).describe(corpus)}"
+        plan = self.plan(corpus := labelled(corpus))
+        noise = round(self.cover_ratio*choose_rows(plan, corpus)[1]['poisoned'])
+        more = f'; {noise:,} noise samples keep their labels' if noise else ''
+        return f'{self.name} ({self.tag}): {plan.describe(corpus)}{more}'
 
-    def apply(self, corpus)->Poisoned:
-        "The poisoned corpus and its truth; the corpus stays as it is."
-        corpus = labelled(corpus)
-        return self.plan(corpus).apply(corpus)
+# %% ../../nbs/attacks/10_supervised.ipynb #d694c1a5
+def replaced(corpus:ArrayCorpus, images)->ArrayCorpus:
+    "The same samples with other pictures."
+    return ArrayCorpus(images, corpus.keys, corpus.labels, corpus.texts, corpus.captions, corpus.classes, corpus.name)
 
-# %% ../../nbs/attacks/10_supervised.ipynb #5c45a04a
+def harden(attack, corpus, model)->ArrayCorpus:
+    "The pictures that will be poisoned, made hard to learn."
+    rows = choose_rows(attack.plan(corpus), corpus)[0]
+    images = corpus.images.clone()
+    images[rows] = pgd(model, images[rows], corpus.labels[rows], attack.pgd_eps, attack.pgd_alpha, attack.pgd_steps)
+    return replaced(corpus, images)
+
+def cover_rows(attack, mask)->np.ndarray: # int64, ascending
+    "The noise samples: some of those that are not poisoned, of whatever class."
+    free, n = np.flatnonzero(~mask), round(attack.cover_ratio*int(mask.sum()))
+    if n > len(free):
+        raise BdnbError(f'attack {attack.name}: {n:,} noise samples are more than the {len(free):,} that are not poisoned; '
+                        'lower the rate or cover_ratio')
+    return np.sort(free[torch.randperm(len(free), generator=rng('cover', attack.seed)).numpy()[:n]])
+
+def add_cover(attack, poisoned:Poisoned)->Poisoned: # its pictures are changed in place
+    "Put the jittered warp on the noise samples."
+    noise = WaNetNoise(**{f.name: getattr(attack.trigger, f.name) for f in fields(WaNet)})
+    rows = cover_rows(attack, poisoned.mask)
+    seeds = seeds_from_keys([poisoned.corpus.keys[i] for i in rows], 'cover', attack.seed)
+    _stamp(replace(poisoned.plan, trigger=noise), poisoned.corpus.images, rows, seeds)
+    return replace(poisoned, shares=dict(poisoned.shares, cover=len(rows), share_of_cover=len(rows)/len(poisoned.mask)))
+
+def _apply(self:SupervisedAttack,
+           corpus, # clean pictures with labels; stays as it is
+           surrogate:Classifier=None, # a clean classifier for those who need one
+           **training, # how to train it otherwise, as in `train_classifier`
+          )->Poisoned:
+    "The poisoned corpus and its truth. `BdnbError` for an attack that is no data poisoning."
+    if self.tag != 'data_poisoning':
+        raise BdnbError(f'attack {self.name}: it controls the training and has no poisoned set; use attack_classifier')
+    corpus = labelled(corpus)
+    if self.needs_surrogate:
+        if surrogate is None: surrogate = train_surrogate(corpus, self.seed, **training)
+        if (k := len(surrogate.classes)) != len(corpus.classes):
+            raise BdnbError(f'attack {self.name}: the surrogate knows {k} classes, {corpus.name} has {len(corpus.classes)}')
+    if self.search_steps:
+        found = learn_low_frequency(surrogate, batches_of(corpus, 64, self.seed), self.trigger, self.search_steps,
+                                    seed=self.seed, device=training.get('device'))
+        self = replace(self, trigger=found, search_steps=0)
+    poisoned = self.plan(corpus).apply(harden(self, corpus, surrogate) if self.pgd_steps else corpus)
+    return add_cover(self, poisoned) if self.cover_ratio else poisoned
+
+def train_surrogate(corpus, seed, **training)->Classifier:
+    "A clean classifier for the attacker's own use."
+    return train_classifier(corpus, derive_seed('surrogate', seed), what='surrogate', **training)[0]
+
+SupervisedAttack.apply = _apply
+
+# %% ../../nbs/attacks/10_supervised.ipynb #2b9a8bd7
 def make_supervised_attack(name:str, # see `list_supervised_attacks()`
                            target:str, # class name
                            rate:float=None, # share of the whole training set; None: the recipe's own
@@ -154,6 +270,8 @@ def make_supervised_attack(name:str, # see `list_supervised_attacks()`
     "An attack by name. Unknown names, options and bad values raise `BdnbError`."
     if name not in SUPERVISED_ATTACKS: raise BdnbError(f'unknown attack {name!r}; {did_you_mean(name, SUPERVISED_ATTACKS)}')
     r = SUPERVISED_ATTACKS[name]
+    if rate is None and rate_of in {'train', 'target_class'} - {r.rate_of}:
+        raise BdnbError(f"attack {name}: rate_of={rate_of!r} without a rate; the recipe's {r.rate} is a share of {r.rate_of!r}")
     if rate is None: rate, rate_of = r.rate, rate_of or r.rate_of
     own = {f.name for f in fields(SupervisedAttack)} - {'name', 'target', 'trigger', 'rate', 'seed', 'tag'}
     mine = {**dict(mode=r.mode, rate_of=rate_of or 'train'), **r.extra, **{k: v for k, v in options.items() if k in own}}
@@ -161,7 +279,7 @@ def make_supervised_attack(name:str, # see `list_supervised_attacks()`
     if given.get('pattern_seed') == 'seed': given['pattern_seed'] = seed
     return SupervisedAttack(name, str(target), make_trigger(r.trigger, **given), rate, seed=seed, tag=r.tag, **mine)
 
-# %% ../../nbs/attacks/10_supervised.ipynb #3efba759
+# %% ../../nbs/attacks/10_supervised.ipynb #22ba01e4
 @dataclass
 class Attacked:
     "A backdoored classifier and the truth about it."
@@ -181,11 +299,41 @@ class Attacked:
     def save(self, folder):
         "`victim.safetensors` and, for whoever wants to check a detector, `attack.json`."
         save_classifier(self.model, Path(folder)/'victim.safetensors', attack=self.attack.name, target=self.attack.target)
-        truth = dict(attack=self.attack.name, target=self.attack.target, tag=self.tag, seed=self.attack.seed, shares=self.shares,
-                     trigger=self.trigger.to_json(), keys=self.poisoned_keys, seconds=self.seconds)
+        plan = {f.name: getattr(self.attack, f.name) for f in fields(self.attack) if f.name not in ('name', 'trigger')}
+        truth = dict(attack=self.attack.name, **plan, shares=self.shares, trigger=self.trigger.to_json(), keys=self.poisoned_keys,
+                     seconds=self.seconds)
         write_json(Path(folder)/'attack.json', truth)
 
-# %% ../../nbs/attacks/10_supervised.ipynb #e136b430
+# %% ../../nbs/attacks/10_supervised.ipynb #84292e47
+def joint_shares(attack, corpus, batches)->dict:
+    "How many pictures an epoch attacks, as shares of an epoch. As many are crossed."
+    n, seen = len(corpus), len(batches)*batches.batch_size
+    k = len(batches)*max(1, round(attack.rate*batches.batch_size))
+    own = int((corpus.labels == corpus.target_id(attack.target)).sum())
+    return dict(samples=n, poisoned=k, target_samples=own, candidates=n - own, share_of_set=k/seen, share_of_target=k/(own + k),
+                cover=k, share_of_cover=k/seen)
+
+def train_input_aware(attack:SupervisedAttack, corpus:ArrayCorpus, arch='resnet18', width=16, epochs:float=10, batch_size=64,
+                      augment=True, mask_epochs:float=None, # a sixth of the others by default
+                      joint_lr:float=3e-3, # of AdamW
+                      density:float=.032, norm:float=100., div:float=1., # as in the paper
+                      out=None, lr=None, **options, # for `fit`; `lr` is not used
+                     )->tuple: # (`Classifier`, trained trigger, shares, `History`)
+    "Mask, then generator and victim together."
+    batches = batches_of(corpus, batch_size, attack.seed, whole=True)       # a rest of two cannot be attacked and crossed
+    view, goal = VIEWS[augment], corpus.target_id(attack.target)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed('input-aware', attack.seed))
+        painters = attack.trigger.build()
+    shared = dict(lr=joint_lr, max_norm=1., seed=attack.seed, **options)
+    fit(painters['mask'], MaskObjective(density, norm, div, view), batches, epochs=mask_epochs or max(1, epochs/6),
+        weight_decay=0., what='masks', **shared)
+    joint = Joint(victim(corpus, arch, width, attack.seed), painters)
+    history = fit(joint, InputAwareObjective(goal, attack.rate, div, view), batches, epochs=epochs, weight_decay=.05, out=out,
+                  what=attack.name, **shared)
+    return joint.classifier.eval(), attack.trigger.trained(painters), joint_shares(attack, corpus, batches), history
+
+# %% ../../nbs/attacks/10_supervised.ipynb #3ad24dd0
 def attack_classifier(name:str, # see `list_supervised_attacks()`
                       train, # clean pictures with labels
                       target:str, # class name
@@ -196,15 +344,24 @@ def attack_classifier(name:str, # see `list_supervised_attacks()`
                       quiet:bool=True, # print nothing
                       device:str=None, # 'cpu' to stay off an accelerator
                       precision:str='no', # 'bf16' or 'fp16' on a GPU
+                      surrogate:Classifier=None, # for the attacks that need a clean classifier; trained if not given
+                      training:dict=None, # more for the training: `train_classifier`'s options, or `train_input_aware`'s
                       **options, # as in `make_supervised_attack`
                      ) -> Attacked:
-    "Poison a training set and train a classifier on it. `BdnbError` for what cannot be."
+    "Poison a training set and train a classifier on it, or train as the attacker would. `BdnbError` for what cannot be."
     start, attack, corpus = time.time(), make_supervised_attack(name, target, rate, seed, **options), labelled(train)
-    training = dict(seed=seed, arch=arch, width=width, epochs=epochs, lr=lr, batch_size=batch_size, augment=augment, quiet=quiet,
-                    device=device, precision=precision)
+    if augment not in VIEWS: raise BdnbError(f"augment={augment!r}: must be True, 'crop' or False")
+    model = dict(arch=arch, width=width, epochs=epochs, lr=lr, batch_size=batch_size, augment=augment, quiet=quiet,
+                 device=device, precision=precision)
+    whole = {**model, **(training or {})}
     if not quiet: print(attack.describe(corpus))
-    poisoned = attack.apply(corpus)
-    model, history = train_classifier(poisoned.corpus, out=out, what=name, **training)
-    found = Attacked(model, attack.trigger, poisoned.keys, poisoned.shares, attack.tag, time.time() - start, attack, history)
+    if attack.tag == 'training_control':
+        model, trigger, shares, history = train_input_aware(attack, corpus, out=out, **whole)
+        keys = []
+    else:
+        poisoned = attack.apply(corpus, surrogate, **model)
+        trigger, shares, keys = poisoned.plan.trigger, poisoned.shares, poisoned.keys
+        model, history = train_classifier(poisoned.corpus, seed, out=out, what=name, **whole)
+    found = Attacked(model, trigger, keys, shares, attack.tag, time.time() - start, attack, history)
     if out: found.save(out)
     return found

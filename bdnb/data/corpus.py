@@ -352,14 +352,15 @@ def clean_caption(
     text = ' '.join(str(text or '').split())
     return (text[:limit].rstrip(), True) if len(text) > limit else (text, False)
 
+def _delimiter(path, first): return '\t' if path.suffix.lower() == '.tsv' or ('\t' in first and ',' not in first) else ','
+
 def _rows(path, encoding):
     "The header and the rows of a CSV or TSV file as lists of cells."
     try:
         with path.open(newline='', encoding='utf-8-sig' if encoding.lower() in ('utf-8', 'utf8') else encoding) as f:
             first = f.readline()
             f.seek(0)
-            tab = path.suffix.lower() == '.tsv' or ('\t' in first and ',' not in first)
-            reader = csv.reader(f, delimiter='\t' if tab else ',')
+            reader = csv.reader(f, delimiter=_delimiter(path, first))
             rows = list(reader)
     except FileNotFoundError: raise BdnbError(f'{path}: no such file') from None
     except OSError as e: raise BdnbError(f'{path}: cannot read: {e.strerror}') from e
@@ -394,27 +395,28 @@ class CsvCorpus(Corpus):
             label_col:str=None,      # by default label or class: indices, or names (then sorted into `classes`)
             group:bool=True,         # rows of the same image make one sample
             encoding:str='utf-8',
+            folder=None,             # where relative pictures begin; by default beside the file
             name:str=None):
-        path = Path(path)
-        header, rows = _rows(path, encoding)
+        path, (header, rows) = Path(path), _rows(Path(path), encoding)
         wanted = ('image', image_col, True), ('caption', caption_col, False), ('label', label_col, False)
         cols = [_column(path, header, *w) for w in wanted]
         if cols[1] is None and cols[2] is None: _column(path, header, 'caption', None, True)
         table, self.skipped, self.notes = {}, [], []
         for n, cells in enumerate(rows, 2):
             where = f'{path.name} row {n}'
-            reason = self._row(table, cells, len(header), cols, where, '' if group else f'#{n}')
+            reason = self._row(table, cells, len(header), cols, where, n, '' if group else f'#{n}')
             if reason: self.skipped.append((where, f'{where}: {reason}'))
         if not table:
             first = f' of {len(rows)}; the first: {self.skipped[0][1]}' if self.skipped else ''
             raise BdnbError(f'{path}: no usable rows{first}')
         found = list(table.values())
         labels, classes = self._classes([r['label'] for r in found]) if cols[2] is not None else (None, None)
-        self.folder, self.cells, self.where = path.parent, [r['image'] for r in found], [r['where'] for r in found]
+        self.folder, self.path, self.encoding = path.parent if folder is None else Path(folder), path, encoding
+        self.cells, self.where, self.rows = ([r[k] for r in found] for k in ('image', 'where', 'rows'))
         super().__init__(table, labels, captions=None if cols[1] is None else [r['captions'] for r in found], classes=classes,
                          name=name or str(path), skipped=self.skipped, notes=self.notes)
 
-    def _row(self, table, cells, width, cols, where, suffix):
+    def _row(self, table, cells, width, cols, where, n, suffix):
         "Put one row into the table, or return why not."
         if not any(c.strip() for c in cells): return 'empty row'
         if len(cells) != width: return f'{len(cells)} cells for {width} columns (quote text that holds the separator)'
@@ -425,9 +427,10 @@ class CsvCorpus(Corpus):
         text, cut = (None, False) if text is None else clean_caption(text)
         if text == '': return f'{image}: no caption'
         if cut: self.notes.append((where, f'{where}: {image}: caption cut to {MAX_CAPTION:,} characters'))
-        row = table.setdefault(image + suffix, dict(image=image, where=where, captions=[], label=label))
+        row = table.setdefault(image + suffix, dict(image=image, where=where, rows=[], captions=[], label=label))
         if row['label'] != label: return f"{image}: label {label!r} contradicts {row['label']!r} in {row['where']}"
         row['captions'].append(text)
+        row['rows'].append(n)
 
     @staticmethod
     def _classes(labels):
@@ -439,6 +442,36 @@ class CsvCorpus(Corpus):
 
     def _image(self, i, size=None, fit='crop'):
         return load_image(self.folder/self.cells[i], size, fit, name=f'{self.where[i]}: {self.cells[i]}')
+
+# %% ../../nbs/data/01_corpus.ipynb #5d1c0a7e
+def _records(path, encoding):
+    "Each record of a table as `(number, text, cells)`: its text with quotes and line end as in the file; the header is number 1."
+    with path.open(newline='', encoding=encoding) as f:
+        lines = list(f)
+    plain = [lines[0].removeprefix('\ufeff'), *lines[1:]]
+    reader, at = csv.reader(plain, delimiter=_delimiter(path, plain[0])), 0
+    for n, cells in enumerate(reader, 1):
+        yield n, ''.join(lines[at:reader.line_num]), cells
+        at = reader.line_num
+
+def _write_rows(self:CsvCorpus,
+    path, # the file to make or replace
+    keys, # of the samples that stay
+):
+    """Write the table with the rows of those samples alone: what stays, header included, is copied character by character.
+
+    Raises `BdnbError` for a key that is not here, or when the file is no longer the one that was opened."""
+    keys = set(keys)
+    lost = sorted(keys - set(self.keys))
+    if lost: raise BdnbError(f'{self.path}: it has no sample {lost[0]!r}')
+    rows = {n: self.cells[i] for i, k in enumerate(self.keys) if k in keys for n in self.rows[i]}
+    try: stay = [(n, text, cells) for n, text, cells in _records(self.path, self.encoding) if n == 1 or n in rows]
+    except (OSError, UnicodeError, csv.Error, IndexError): stay = []
+    if len(stay) != len(rows) + 1 or any(n > 1 and rows[n] not in map(str.strip, cells) for n, _, cells in stay):
+        raise BdnbError(f'{self.path}: the file changed since it was opened; open it again')
+    with atomic_write(path) as tmp, open(tmp, 'w', newline='', encoding=self.encoding) as f: f.writelines(t for _, t, _ in stay)
+
+CsvCorpus.write_rows = _write_rows
 
 # %% ../../nbs/data/01_corpus.ipynb #2380cb1f
 class MergedCorpus(Corpus):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LAYERS', 'RATIOS', 'RELEASED', 'called_layers', 'stage_numbers', 'route', 'own_keys', 'stage_share', 'plan_reset',
            'check_ratios', 'plan_released', 'known_network', 'fresh_network', 'reset_weights', 'stage_totals',
-           'agreement', 'largest_scale', 'Recovered', 'BCU', 'distil', 'pick_scale', 'cleanse', 'hold_out']
+           'agreement', 'chance_agreement', 'largest_scale', 'Recovered', 'BCU', 'distil', 'pick_scale', 'cleanse',
+           'hold_out']
 
 # %% ../../nbs/defenses/04_bcu.ipynb #cb07b7a8
 import copy, time
@@ -185,6 +186,11 @@ def agreement(model:Classifier, teacher:Classifier, corpus)->float: # in 0..1
     a, b = (classifier_logits(m, corpus).argmax(1) for m in (model, teacher))
     return float((a == b).double().mean())
 
+def chance_agreement(teacher:Classifier, corpus)->float: # in 0..1
+    "How often a guess agrees with the teacher that is right about nothing but how often each name occurs."
+    share = torch.bincount(classifier_logits(teacher, corpus).argmax(1)).double()/len(corpus)
+    return float((share**2).sum())
+
 def largest_scale(agrees, # scale -> agreement, in 0..1: a probe
                   grid, # scales, ascending
                   need:float, # least agreement
@@ -229,7 +235,7 @@ class BCU:
     precision:str='no'          # 'bf16' or 'fp16' on a GPU
     seed:int=0                  # of the reset and of the order
     grid:tuple=(1., 2., 4., 8., 16., 32.) # scales that 'auto' may take
-    tolerance:float=.03         # agreement that the reset may cost in a probe of 'auto'
+    tolerance:float=.4          # share of the agreement beyond chance that the reset may cost in a probe of 'auto'
     probe:float=.25             # share of the epochs that a probe gets
     held_out:float=None         # share of the pool to measure agreement on; None: a tenth with 'auto', else nothing
 
@@ -243,6 +249,7 @@ class BCU:
         if self.scale == 'auto':
             if not self.grid or list(self.grid) != sorted(self.grid): raise BdnbError(f"grid={self.grid}: give scales, ascending")
             if not 0 < self.probe <= 1: raise BdnbError(f"probe={self.probe}: give a share of the epochs in 0 .. 1")
+            if not 0 <= self.tolerance < 1: raise BdnbError(f"tolerance={self.tolerance}: give a share from 0 to below 1")
         elif not isinstance(self.scale, (int, float)): raise BdnbError(f"scale={self.scale!r}: give a number, or 'auto'")
         for scale in self.grid if self.scale == 'auto' else [self.scale]: check_ratios(None, scale)
 
@@ -260,6 +267,7 @@ class BCU:
         return Distillation(teacher, self.epochs, self.t_start, self.t_end, self.t_squared, view, self.half_teacher, known)
 
     def agreement(self, model, teacher, corpus): return agreement(model, teacher, corpus)
+    def chance(self, teacher, corpus): return chance_agreement(teacher, corpus)
 
 # %% ../../nbs/defenses/04_bcu.ipynb #96ae9338
 def distil(self:BCU, model, teacher, corpus, **options): # a `History`; options go to `fit`
@@ -280,8 +288,9 @@ def pick_scale(self:BCU, model, corpus, held, **options)->tuple: # (scale, probe
         probe, student = replace(self, scale=scale, epochs=max(self.probe*self.epochs, 1e-9)), copy.deepcopy(model)
         probe.distil(student, model, corpus, **options | dict(what=f'probe of scale {scale:g}'))
         return self.agreement(student, model, held)
-    alone = agrees(0.)
-    scale, probed = largest_scale(agrees, list(self.grid), alone - self.tolerance)
+    alone, chance = agrees(0.), self.chance(model, held)
+    need = alone - self.tolerance*max(0., alone - chance)
+    scale, probed = largest_scale(agrees, list(self.grid), need)
     return scale, ((0., alone), *probed)
 
 BCU.distil, BCU.pick_scale = distil, pick_scale

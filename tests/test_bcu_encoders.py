@@ -1,0 +1,104 @@
+"BCU for encoders, for the image tower of a CLIP, and from a checkpoint and a folder to a checkpoint."
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from bdnb.core import BdnbError
+from bdnb.data.corpus import ArrayCorpus
+from bdnb.data.shapes import ShapeCaps
+from bdnb.defenses.bcu import route
+from bdnb.defenses.bcu_encoders import EncoderBCU, cleanse_checkpoint, load_any, neighbour_overlap
+from bdnb.models.build import create_model
+from bdnb.models.checkpoint import save_checkpoint
+from bdnb.models.classifiers import create_classifier, load_classifier, save_classifier
+from bdnb.models.encoders import ClipEncoder, create_encoder, save_encoder
+
+torch.set_num_threads(1)
+
+
+def slim(): return create_classifier('resnet18', 12, width=8)
+def state(m): return {k: v.clone() for k, v in m.state_dict().items()}
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope='module')
+def pool():
+    c = ShapeCaps(36)
+    return ArrayCorpus(c.images, c.keys, name='pool')
+
+
+def test_a_checkpoint_and_a_folder(pool, tmp_path):
+    (tmp_path/'pictures').mkdir()
+    for i in range(30): Image.fromarray(pool.images[i].permute(1, 2, 0).numpy()).save(tmp_path/'pictures'/f'{i}.png')
+    save_classifier(slim(), tmp_path/'old.safetensors')
+    out = tmp_path/'new.safetensors'
+    found = cleanse_checkpoint(tmp_path/'old.safetensors', tmp_path/'pictures', out, quiet=True, device='cpu', epochs=1,
+                               batch_size=16, scale=2.)
+    new = load_classifier(out)
+    assert same(state(new), state(found.model)) and not same(state(new), state(slim())) and new.classes == slim().classes
+    with pytest.raises(BdnbError, match="no option 'epoch'"):
+        cleanse_checkpoint(tmp_path/'old.safetensors', tmp_path/'pictures', out, epoch=1)
+    with pytest.raises(BdnbError, match='nothing'): cleanse_checkpoint(tmp_path/'old.safetensors', tmp_path/'nothing', out)
+    with pytest.raises(BdnbError, match='none.safetensors'):
+        cleanse_checkpoint(tmp_path/'none.safetensors', tmp_path/'pictures', out)
+
+
+@pytest.mark.parametrize('kind', ['cosine', 'relational', 'softmax'])
+def test_encoders(pool, kind):
+    encoder = create_encoder('resnet10', 8)
+    before = state(encoder)
+    found = EncoderBCU(kind=kind, scale='auto', grid=(1., 8.), epochs=2, batch_size=16, held_out=.3).cleanse(
+        encoder, pool, quiet=True, device='cpu')
+    assert found.model is encoder and not same(before, state(encoder)) and found.scale in (1, 8) and 0 <= found.agreement <= 1
+    identity = create_encoder('resnet10', 8)
+    EncoderBCU(scale=0).reset(identity)
+    assert same(before, state(identity))
+    with pytest.raises(BdnbError, match='not a Classifier'): EncoderBCU(kind=kind).cleanse(slim(), pool, quiet=True)
+
+
+def test_clip_keeps_its_text_tower(pool, tmp_path):
+    clip = create_model('tiny', image_size=32)
+    before = state(clip)
+    save_checkpoint(clip, tmp_path/'clip.safetensors')
+    for kind in ('cosine', 'relational'):
+        EncoderBCU(kind=kind, scale=8., epochs=1, batch_size=18).cleanse(clip, pool, quiet=True, device='cpu')
+    moved = {k for k, v in state(clip).items() if not torch.equal(v, before[k])}
+    assert moved and all(k.startswith('net.visual.') for k in moved) and all(p.requires_grad for p in clip.parameters())
+    assert same(state(load_any(tmp_path/'clip.safetensors')), before)
+    with pytest.raises(BdnbError, match='corpus is empty'): EncoderBCU().cleanse(clip, pool.subset([]), quiet=True)
+
+
+def test_every_layer_of_a_big_towers_image_side_is_routed():
+    from open_clip.modified_resnet import ModifiedResNet
+    class Tower(nn.Module):
+        name, image_size = 'RN', 64
+        def __init__(self):
+            super().__init__()
+            self.net = ModifiedResNet((1, 1, 1, 1), 32, heads=4, image_size=64, width=8)
+            self.register_buffer('mean', torch.zeros(3))
+        def forward(self, images): return self.net(images.float()/255)
+    routed = dict(route(Tower()))
+    pooled = {k for k in routed if k.startswith('attnpool.')}
+    assert pooled == {f'attnpool.{k}_proj' for k in 'qkvc'} and {routed[k] for k in pooled} == {list(routed.values())[-1]}
+    layers = {n for n, m in Tower().net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert layers == set(routed) and 'head' not in routed.values()
+
+
+def test_encoder_file(pool, tmp_path):
+    (tmp_path/'pictures').mkdir()
+    for i in range(20): Image.fromarray(pool.images[i].permute(1, 2, 0).numpy()).save(tmp_path/'pictures'/f'{i}.png')
+    save_encoder(create_encoder('resnet10', 8), tmp_path/'e.safetensors')
+    options = dict(epochs=1, batch_size=9, scale=2., kind='relational')
+    found = cleanse_checkpoint(tmp_path/'e.safetensors', tmp_path/'pictures', tmp_path/'new.safetensors', quiet=True, device='cpu',
+                               **options)
+    assert same(state(load_any(tmp_path/'new.safetensors')), state(found.model)) and 0 <= found.agreement <= 1
+
+
+def test_neighbours_against_loops():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(12, 4, generator=g), torch.randn(12, 6, generator=g)
+    def near(z, i):
+        cos = [float(nn.functional.cosine_similarity(z[i], z[j], dim=0)) if j != i else -9 for j in range(12)]
+        return set(sorted(range(12), key=lambda j: -cos[j])[:3])
+    assert neighbour_overlap(a, b, 3) == pytest.approx(sum(len(near(a, i) & near(b, i))/3 for i in range(12))/12)

@@ -1,0 +1,190 @@
+"`bdnb cleanse --method bcu` and `bdnb tour --only bcu`: from a file and a folder to a file, and one line for every mistake."
+import shlex
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from bdnb.cli import main
+from bdnb.core import read_json
+from bdnb.data.shapes import ShapeCaps
+from bdnb.models.build import create_model
+from bdnb.models.checkpoint import save_checkpoint
+from bdnb.models.classifiers import create_classifier, load_classifier, save_classifier
+from bdnb.models.encoders import create_encoder, load_encoder, save_encoder
+
+torch.set_num_threads(1)
+quick = '--epochs 1 --batch-size 16 --device cpu -q'
+test = "'shapes:?n=36&split=test'"
+aim = '--trigger badnet:size=5 --target star'
+
+
+@pytest.fixture
+def run(capsys):
+    "Run `bdnb` in this process: (exit code, stdout, stderr)."
+    def call(line):
+        capsys.readouterr()
+        code = main(shlex.split(line))
+        return code, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    "Models and folders, good and bad."
+    d, shapes = tmp_path_factory.mktemp('bcu'), ShapeCaps(40)
+    def folder(name, pictures):
+        (d/name).mkdir()
+        for i, p in enumerate(pictures): Image.fromarray(p).save(d/name/f'{i}.png')
+    colour = [x.permute(1, 2, 0).numpy() for x in shapes.images]
+    folder('pictures', colour)
+    folder('few', colour[:3])
+    folder('none', [])
+    folder('grey', [p[..., 0] for p in colour])
+    folder('large', [p.repeat(2, 0).repeat(3, 1) for p in colour])
+    folder('mixed', colour[:20])
+    (d/'mixed'/'cut.png').write_bytes((d/'pictures'/'0.png').read_bytes()[:60])
+    model = create_classifier('resnet18', shapes.classes, width=4)
+    save_classifier(model, d/'model.safetensors')
+    torch.save(model.net.state_dict(), d/'plain.pt')
+    with torch.no_grad(): model.net.fc.bias[0] = float('nan')
+    save_classifier(model, d/'broken.safetensors')
+    with torch.no_grad(): model.net.fc.bias[0], model.net.fc.weight[:] = 0., 3e38
+    save_classifier(model, d/'huge.safetensors')
+    save_encoder(create_encoder('resnet10', 8), d/'encoder.safetensors')
+    save_checkpoint(create_model('tiny'), d/'clip.safetensors')
+    return d
+
+
+def weights(path): return load_classifier(path).state_dict()
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_folder_without_labels_cleanses_a_classifier(files, run, tmp_path):
+    line = f'cleanse {files}/model.safetensors --method bcu --images {files}/pictures --scale 2 --test {test} {aim} {quick}'
+    code, out, err = run(f'{line} --out {tmp_path}/a')
+    assert code == 0, err
+    done, config = read_json(tmp_path/'a'/'metrics.json'), read_json(tmp_path/'a'/'config.json')
+    assert done['scale'] == 2 and 0 <= done['agreement'] <= 1 and done['before'].keys() == done['after'].keys() >= {'ca', 'asr'}
+    assert done['counts'] == dict(done['counts'], pictures=36, others=33) and config['options']['scale'] == 2
+    assert 'agreement' in out and 'asr' in out and 'report:' in out
+    names = {p.name for p in (tmp_path/'a').iterdir()}
+    assert names == {'config.json', 'history.jsonl', 'metrics.json', 'model.safetensors', 'pictures', 'report.html'}
+    new = weights(tmp_path/'a'/'model.safetensors')
+    assert not same(new, weights(files/'model.safetensors')) and load_classifier(tmp_path/'a'/'model.safetensors').classes
+    assert run(f'{line} --out {tmp_path}/b')[0] == 0 and same(new, weights(tmp_path/'b'/'model.safetensors'))      # again
+    again = run(f'{line} --out {tmp_path}/a')
+    assert again[0] == 2 and 'finished run' in again[2]
+
+
+def test_without_a_test_set_it_says_what_can_be_seen(files, run, tmp_path):
+    line = f'cleanse {files}/model.safetensors --method bcu --images {files}/pictures {quick} --out {tmp_path}/auto'
+    code, out, err = run(line)
+    done = read_json(tmp_path/'auto'/'metrics.json')
+    assert code == 0 and out.count('probe of') == len(done['probes']) >= 2 and 'asr' not in out, err
+    assert 'before' not in done and done['scale'] in (1, 2, 4, 8, 16, 32) and (tmp_path/'auto'/'report.html').exists()
+
+
+@pytest.mark.parametrize('name', ['grey', 'large', 'mixed'])
+def test_pictures_of_any_kind(files, run, tmp_path, name):
+    "Grey and larger pictures are read as colour at the model's size; a broken one is named, counted and left out."
+    code, out, err = run(f'cleanse {files}/model.safetensors --method bcu --images {files}/{name} --scale 1 {quick} '
+                         f'--out {tmp_path}/run')
+    assert code == 0 and ('1 samples were left out' in err) == (name == 'mixed') == ('cut.png' in err), err
+
+
+def test_a_state_dict_needs_its_name(files, run, tmp_path):
+    line = f'cleanse {files}/plain.pt --method bcu --images {files}/pictures --scale 1 {quick} --out {tmp_path}/run'
+    code, out, err = run(f'{line} --model resnet18 --classes 12 --width 4')
+    assert code == 0 and len(load_classifier(tmp_path/'run'/'model.safetensors').classes) == 12, err
+
+
+def test_encoders_and_clips(files, run, tmp_path):
+    for name in ('encoder', 'clip'):
+        code, out, err = run(f'cleanse {files}/{name}.safetensors --method bcu --images {files}/pictures --scale 1 {quick} '
+                             f'--out {tmp_path}/{name}')
+        assert code == 0, err
+    assert load_encoder(tmp_path/'encoder'/'model.safetensors').name == 'resnet10'
+    code, out, err = run(f'evaluate {tmp_path}/clip/model.safetensors {test} -q --device cpu')
+    assert code == 0 and 'ca' in out, err
+
+
+mistakes = {
+    'no images': ('{model} --method bcu', ['--images']),
+    'no data': ('{clip}', ['--data', '--method bcu']),
+    'data for bcu': ('{bcu} --data shapes', ['--data', "'bcu' has no such option"]),
+    'warm-up in steps': ('{bcu} --warmup 5', ['--warmup']),
+    'images for another': ('{clip} --data shapes:?n=64 --images {d}/pictures', ['--images', '--method bcu']),
+    'scale for another': ('{clip} --data shapes:?n=64 --scale 2', ['--scale']),
+    'scale': ('{bcu} --scale big', ["'big'", 'a number, or auto']),
+    'negative scale': ('{bcu} --scale -1', ['scale=-1']),
+    'infinite scale': ('{bcu} --scale inf', ['scale=inf']),
+    'no such folder': ('{model} --method bcu --images {d}/nowhere', ['nowhere']),
+    'empty folder': ('{model} --method bcu --images {d}/none', ['none']),
+    'too few': ('{model} --method bcu --images {d}/few', ['3 pictures are too few']),
+    'no such file': ('{d}/no.safetensors --method bcu --images {d}/pictures', ['no.safetensors']),
+    'plain weights': ('{d}/plain.pt --method bcu --images {d}/pictures', ['plain.pt']),
+    'plain weights, other width': ('{d}/plain.pt --method bcu --images {d}/pictures --model resnet18 --classes 12 --width 8',
+                                   ['plain.pt']),
+    'weights not finite': ('{d}/broken.safetensors --method bcu --images {d}/pictures', ['fc.bias', 'not finite']),
+    'logits not finite': ('{d}/huge.safetensors --method bcu --images {d}/pictures', ['non-finite logits, first for']),
+    'encoder with a test': (f'{{d}}/encoder.safetensors --method bcu --images {{d}}/pictures --test {test}',
+                            ['--test', 'encoder']),
+    'target': (f'{{bcu}} --test {test} --trigger badnet --target sta', ["'sta'"]),
+    'trigger without a target': (f'{{bcu}} --test {test} --trigger badnet', ['--target']),
+    'learning rate': ('{bcu} --lr nan', ['--lr']),
+    'diverged': ('{bcu} --scale 1 --lr 1e30 --epochs 3', ['lower learning rate'])}
+
+
+@pytest.mark.parametrize('line, words', mistakes.values(), ids=mistakes)
+def test_mistakes(files, run, tmp_path, line, words):
+    names = dict(d=files, model=f'{files}/model.safetensors', clip=f'{files}/clip.safetensors',
+                 bcu=f'{files}/model.safetensors --method bcu --images {files}/pictures')
+    code, out, err = run(f"cleanse {line.format(**names)} --batch-size 16 --device cpu -q --out {tmp_path}/run")
+    assert code == 2 and err.count('\n') == 1 and err.startswith('bdnb: error: '), err
+    for w in words: assert w in err, err
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_network_without_a_route_lists_its_layers(files, run, tmp_path, monkeypatch):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 8, 8), nn.Linear(4, 12)
+        def forward(self, x): return self.b(self.a(x).mean((2, 3)))
+    from bdnb.models.classifiers import Classifier
+    monkeypatch.setattr('bdnb.defenses.bcu_encoders.load_any', lambda path, **given: Classifier(Odd(), 'odd', 12))
+    code, out, err = run(f'cleanse {files}/model.safetensors --method bcu --images {files}/pictures {quick} --out {tmp_path}/run')
+    assert code == 2 and err.count('\n') == 1 and 'odd: no routing by depth' in err and 'ratios=' in err and 'a, b' in err, err
+    assert not (tmp_path/'run').exists()
+
+
+small = '--n 96 --test-n 48 --clean-n 60 --epochs 1 --batch-size 32 -q'
+
+def test_tour(run, tmp_path, monkeypatch):
+    import bdnb.classifier_study as study
+    recipe = study.make_classifier_recipe(width=4, cure=dict(epochs=1, batch_size=32))
+    monkeypatch.setitem(study.CLASSIFIER_RECIPES, 'shapes', recipe)
+    line = f'tour --only bcu,finetune --out {tmp_path}/t --results {tmp_path}/bcu.json {small}'
+    code, out, err = run(line)
+    rows = read_json(tmp_path/'bcu.json')['rows']
+    assert code == 0 and [r['system'] for r in rows] == ['none', 'kd_only', 'bcu', 'finetune']*2, err
+    assert [r['attack'] for r in rows] == ['badnets']*4 + ['blended']*4 and {r['data'] for r in rows} == {'shapes'}
+    assert all(w in out for w in ('Tour', 'badnets', 'blended', 'kd_only', 'before', 'What BCU picked'))
+    assert (tmp_path/'t'/'report.html').exists() and {'commit', 'hardware', 'versions'} <= read_json(tmp_path/'bcu.json').keys()
+    assert run(line)[0] == 0 and read_json(tmp_path/'bcu.json')['rows'] == rows                            # nothing done twice
+    rated = run(f'tour --only bcu --attacks badnets --rate .25 --out {tmp_path}/r {small}')
+    assert rated[0] == 0 and abs(read_json(tmp_path/'r'/'badnets-seed0'/'row.json')['rate'] - .25) < .01, rated[2]
+
+
+@pytest.mark.parametrize('line, words', [
+    ('--attacks badnts', ["'badnts'", "did you mean 'badnets'"]), ('--only bcu,nadd', ["'nadd'", "did you mean 'nad'"]),
+    ('--seeds one', ['--seeds']), ('--target sta', ["'sta'"]), ('--model resnet19', ["'resnet19'"]),
+    ("--data folder:nowhere", ['test set']), ('--rate 2', ['rate']), ('--recipe shape', ["did you mean 'shapes'"]),
+    ('--only bcu,finetune --clean shapes:?n=64', ['finetune needs'])])
+def test_tour_mistakes(run, tmp_path, line, words):
+    code, out, err = run(f'tour --only bcu --out {tmp_path}/t {small} {line}')
+    assert code == 2 and err.count('\n') == 1 and err.startswith('bdnb: error: '), err
+    for w in words: assert w in err, err
+    assert not (tmp_path/'t').exists()

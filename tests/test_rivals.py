@@ -1,0 +1,123 @@
+"The rivals with labels: what each may change, what each must refuse, and its formula against a slower one."
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bdnb.core import BdnbError
+from bdnb.data.batches import Batches
+from bdnb.data.corpus import ArrayCorpus
+from bdnb.data.shapes import ShapeCaps
+from bdnb.defenses.rivals import (ANP, NAD, AdversarialMasks, FinePruning, FineTuneClassifier, MaskedChannels, attention_map,
+                                  head_of, sleepy_channels, stage_ends)
+from bdnb.models.classifiers import create_classifier
+
+torch.set_num_threads(1)
+QUICK = dict(batch_size=16, epochs=1)
+ALL = {'finetune': FineTuneClassifier(**QUICK), 'fine_pruning': FinePruning(**QUICK), 'nad': NAD(teacher_epochs=1, **QUICK),
+       'anp': ANP(steps=3, threshold=.99, **QUICK)}
+
+
+def slim(name='resnet18', width=8, seed=0): return create_classifier(name, 12, width=width, seed=seed)
+def state(m): return {k: v.clone() for k, v in m.state_dict().items()}
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope='module')
+def clean():
+    c = ShapeCaps(36)
+    return c._with(texts=None, captions=None)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_same_seed_same_model_and_no_hook_stays(clean, name):
+    runs = []
+    for _ in range(2):
+        model = slim()
+        found = ALL[name].cleanse(model, clean, quiet=True, device='cpu')
+        assert found.model is model and found.seconds > 0 and found.history.rows
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert all(p.requires_grad and not p._backward_hooks for p in model.parameters())
+        runs.append(state(model))
+    assert same(*runs) and not same(runs[0], state(slim()))
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_bad_input_leaves_the_model_alone(clean, name):
+    model = slim()
+    before, cure = state(model), ALL[name]
+    bad = {'needs labels': ArrayCorpus(clean.images, clean.keys, name='pool'), 'is empty': clean.subset([]),
+           'has 3 classes': ArrayCorpus(clean.images, clean.keys, clean.labels % 3, classes=['a', 'b', 'c'])}
+    for words, corpus in bad.items():
+        with pytest.raises(BdnbError, match=words): cure.cleanse(model, corpus, quiet=True)
+    with pytest.raises(BdnbError, match='not a Linear'): cure.cleanse(nn.Linear(2, 2), clean)
+    with torch.no_grad(): model.net.fc.bias[0] = float('nan')
+    broken = state(model)
+    with pytest.raises(BdnbError, match='nan|not finite|non-finite'): cure.cleanse(model, clean, quiet=True, device='cpu')
+    after = state(model)
+    assert all(torch.equal(after[k].nan_to_num(7), broken[k].nan_to_num(7)) for k in broken)
+    assert before.keys() == after.keys()
+
+
+def test_pruned_channels_stay_pruned(clean):
+    model = slim()
+    FinePruning(tolerance=1., **QUICK | dict(epochs=3)).cleanse(model, clean, quiet=True, device='cpu')
+    columns = head_of(model).weight.detach().abs().sum(0)
+    assert (columns == 0).sum() == len(columns) - 1                        # all but one: accuracy was allowed to fall to nothing
+    with pytest.raises(BdnbError, match='Conv2d, not linear'):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 4, 3, 2), nn.Conv2d(4, 12, 7), nn.Flatten())
+        head_of(type(model)(net, 'mine', 12))
+
+
+def test_pruning_order_is_ascending_activity():
+    z = torch.tensor([[0., 5., .1, 2.], [0., 4., .2, 2.]])
+    dead, acc = sleepy_channels(z, torch.tensor([0, 0]), torch.tensor([[0., 1., 0., 0.], [0., 0., 0., 1.]]), None, .1)
+    assert dead.tolist() == [0, 2, 3] and acc[:4] == [1, 1, 1, 1]
+
+
+def test_attention_maps_against_loops():
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    for p in (1., 2., 3.):
+        for b in range(2):
+            m = torch.tensor([sum(abs(float(x[b, c, i, j]))**p for c in range(3)) for i in range(4) for j in range(5)])
+            assert torch.allclose(attention_map(x, p)[b], m/m.norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize('name, ends', [('resnet18', 4), ('vgg11', 4), ('wrn16', 3), ('vit', 4)])
+def test_nad_on_other_networks(clean, name, ends):
+    model = slim(name, dict(wrn16=16, vit=32).get(name, 8))
+    assert len(stage_ends(model)) == ends
+    assert NAD(teacher_epochs=1, **QUICK).cleanse(model, clean, quiet=True, device='cpu').history.last('attention') >= 0
+
+
+def test_anp_changes_gains_alone_and_the_adversary_makes_it_worse(clean):
+    model = slim()
+    before = state(model)
+    ANP(steps=4, batch_size=16, threshold=.999, tolerance=1.).cleanse(model, clean, quiet=True, device='cpu')
+    names = {f'{n}.weight' for n in MaskedChannels(model).names}
+    for k, v in state(model).items():
+        if k in names: assert ((v == before[k]) | (v == 0)).all()
+        else: assert torch.equal(v, before[k]), k
+    assert any((model.state_dict()[k] == 0).any() for k in names)
+    masked = MaskedChannels(slim().eval()).eval()
+    batch = next(Batches(clean, 16).epoch(0))
+    weak, strong = (AdversarialMasks(eps=e, alpha=.5)(masked, batch) for e in (0., .4))
+    assert torch.allclose(weak['natural'], weak['robust']) and torch.equal(weak['natural'], strong['natural'])
+    assert strong['robust'] > strong['natural']
+
+
+def test_masks_dim_the_gain_and_nothing_else():
+    model = slim().eval()
+    masked, x = MaskedChannels(model).eval(), torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    noise = [[torch.full_like(m, .1), torch.full_like(m, -.2)] for m in masked.masks]
+    by_hand = copy.deepcopy(model)
+    with torch.no_grad():
+        for n in masked.names:
+            m = by_hand.get_submodule(n)
+            m.weight *= 1.1
+            m.bias *= .8
+        assert torch.allclose(masked(x, noise), by_hand(x), atol=1e-5)
+    assert F.cross_entropy(masked(x, noise), torch.zeros(4, dtype=torch.int64)).requires_grad
+    with pytest.raises(BdnbError, match='batch-normalised'): ANP(steps=1).cleanse(slim('vit', 32), ShapeCaps(20), quiet=True)

@@ -1,0 +1,547 @@
+"`bdnb scan`: clean lists in the form that came in, two processes like one, kills, memory, time left, and strangers' keys."
+import base64
+import csv
+import io
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from html.parser import HTMLParser
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import bdnb.defenses.findings as findings
+from bdnb.cli import main
+from bdnb.core import BdnbError, rng
+from bdnb.data.corpus import ArrayCorpus, Corpus, CsvCorpus, FolderCorpus
+from bdnb.data.doors import open_corpus, read_keys, write_spec
+from bdnb.data.images import BadImage
+from bdnb.data.shards import write_shards
+from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Findings, Scan, Team, load_findings
+from bdnb.defenses.poisoncam import PoisonCAM, Search
+from bdnb.defenses.poisonfilter import FilterEnsemble, FilterRecipe
+from bdnb.models.encoders import Encoder, create_encoder, save_encoder
+from bdnb.scan import scan_corpus
+
+torch.set_num_threads(1)
+fork = get_context('forkserver') if sys.platform != 'win32' else None
+needs_fork = pytest.mark.skipif(fork is None, reason='no forkserver here')
+if fork: fork.set_forkserver_preload(['bdnb.scan', 'bdnb.cli', 'accelerate', 'webdataset', 'pyarrow.parquet'])
+quick = FilterRecipe.quick(steps=40, models=2, batch=16)
+how = PoisonCAM(clusters=2, tests=20, look=20, search='all', filter=quick)
+
+
+class Red(nn.Module):
+    "Two features: red squares, and the rest."
+    dim, nap, fuse = 2, 0., None
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        if self.fuse is not None:
+            self.fuse -= 1
+            if self.fuse < 0: raise BdnbError('the fuse is burnt')
+        time.sleep(self.nap)
+        red = ((x[:, 0] > .9) & (x[:, 1] < .1)).float().sum((1, 2))*20
+        return torch.stack([red, x[:, 2].clamp(min=0).sum((1, 2))], 1)*self.weight
+
+
+def red(size=32): return Encoder(Red(), 'red', size, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def pictures(n=60, every=6):
+    g = rng('pile')
+    for i in range(n):
+        x = torch.randint(60, 120, (3, 32, 32), generator=g, dtype=torch.uint8)
+        if every and i % every == 0:
+            x[:, 8:16, 4 + i % 17:12 + i % 17] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]
+        yield x
+
+
+def save(x, path): Image.fromarray(x.permute(1, 2, 0).numpy()).save(path)
+
+
+def fill(folder, n=60, every=6, broken=True):
+    "A folder of pictures, one of them damaged, in two classes."
+    for i, x in enumerate(pictures(n, every)):
+        (at := folder/f'class {i % 2}').mkdir(parents=True, exist_ok=True)
+        save(x, at/f'{i:03d}.png')
+    if broken: (folder/'class 1'/'031-broken.png').write_bytes(b'\x89PNG\r\n\x1a\nnot a picture')
+    return folder
+
+
+def kept_keys(found): return [k for k, keep in zip(found.keys, found.keep.tolist()) if keep]
+
+
+class Every:
+    "A detector that finds every sixth picture, by decree."
+    def scan(self, corpus, encoder, out=None, quiet=False, device=None, share=None, writer=True, budget_bytes=2**31):
+        n, S = len(corpus), encoder.image_size
+        hit, nan = torch.arange(n) % 6 == 0, torch.full((n,), float('nan'))
+        window = torch.tensor([0, 0, 8, 8]).expand(n, 4)
+        evidence = dict(top=torch.tensor([0]), heat=torch.rand(1, S, S), crops=corpus.gather([0])[:, :, :8, :8], clusters=2,
+                        forwards={}, seconds={}, skipped=[list(s) for s in corpus.skipped])
+        return Findings(corpus.keys, hit.float(), hit.long(), window, nan, ~hit, FOUND, evidence)
+
+
+def scan_line(line, out): return scan_corpus(open_corpus(line), red(), out, Every(), quiet=True, line=line)
+
+
+# What was kept, in the form that came in
+
+
+def test_a_folder_comes_back_as_a_list_that_opens(tmp_path):
+    pile = fill(tmp_path/'pile')
+    found = scan_line(f'folder:{pile}?size=32&n=50&seed=1', tmp_path/'scan')
+    line = found.evidence['clean']
+    assert line == f"folder:{pile}?size=32&n=50&seed=1&keep={tmp_path/'scan'/'kept.txt'}"
+    again = open_corpus(line)
+    assert again.keys == kept_keys(found) and 'class 1/031-broken.png' not in again.keys
+    assert open_corpus(f"folder:{pile}?keep={tmp_path/'scan'/'kept.txt'}").keys == again.keys
+    assert sorted([*read_keys(tmp_path/'scan'/'removed.txt'), *again.keys]) == sorted(found.keys)
+    assert json.loads((tmp_path/'scan'/'scan.json').read_text())['clean'] == line
+
+
+HEAD = '\ufeffid,image ,"caption, or so",label\r\n'
+
+
+def table(folder):
+    "A table with every oddity that a CSV may have, and its rows as text by picture."
+    rows = {}
+    for i, x in enumerate(pictures()):
+        save(x, folder/f'p{i:02d}.png')
+        cell = f'"p{i:02d}.png"' if i % 3 == 0 else f' p{i:02d}.png '
+        rows[f'p{i:02d}.png'] = [f'{i},{cell},"a ""red"", or\nnot {i}",{"ab"[i % 2]}' + ('\r\n' if i % 2 else '\n')]
+    for i in (6, 7): rows[f'p{i:02d}.png'].append(f"'{i}',p{i:02d}.png,another caption;,{'ab'[i % 2]}\r\n")
+    rows['gone.png'] = ['9,gone.png,no such file,a\n']
+    rows['p00.png and no caption'] = ['0,p00.png,,a\n']
+    text = HEAD + ''.join(r[0] for r in rows.values()) + '\r\n' + ''.join(r[1] for r in rows.values() if len(r) > 1)
+    (folder/'pairs.csv').write_text(text, encoding='utf-8', newline='')
+    return rows
+
+
+def test_a_table_comes_back_as_that_table_without_rows(tmp_path):
+    (folder := tmp_path/'data').mkdir()
+    rows = table(folder)
+    line = f'csv:{folder}/pairs.csv?caption_col=caption, or so'
+    found = scan_line(line, tmp_path/'scan')
+    kept = kept_keys(found)
+    assert 'p06.png' not in kept and 'p07.png' in kept
+    assert 'gone.png' not in found.keys and 'gone.png' in str(found.evidence['skipped'])
+    want = HEAD + ''.join(rows[k][0] for k in kept) + ''.join(rows[k][1] for k in kept if len(rows[k]) > 1)
+    assert (tmp_path/'scan'/'kept.csv').read_bytes().decode('utf-8') == want
+    again, whole = open_corpus(found.evidence['clean']), open_corpus(line)
+    assert again.keys == kept and not again.skipped and again.classes == ['a', 'b']
+    at = [whole.keys.index(k) for k in kept]
+    assert again.captions == [whole.captions[i] for i in at] and again.labels.tolist() == whole.labels[at].tolist()
+    assert torch.equal(again[3].image, whole[at[3]].image)
+    assert open_corpus(f"{line}&keep={tmp_path/'scan'/'kept.txt'}").keys == kept
+
+
+def test_a_table_without_a_line_and_one_with_tabs(tmp_path):
+    (folder := tmp_path/'data').mkdir()
+    for i, x in enumerate(pictures()): save(x, folder/f'{i}.png')
+    (folder/'t.tsv').write_text('file\ttitle\n' + ''.join(f'{i}.png\tp\xe9re, {i}\n' for i in range(60)), encoding='latin-1')
+    corpus = CsvCorpus(folder/'t.tsv', encoding='latin-1')
+    found = scan_corpus(corpus.subset(range(10, 60)), red(), tmp_path/'scan', Every(), quiet=True)
+    line = found.evidence['clean']
+    assert line == f"csv:{tmp_path/'scan'/'kept.tsv'}?encoding=latin-1&folder={folder}"
+    assert open_corpus(line).keys == kept_keys(found) and open_corpus(line).texts[0].startswith('p\xe9re, 1')
+    nameless = ArrayCorpus(torch.stack([*pictures()]))
+    assert scan_corpus(nameless, red(), tmp_path/'b', Every(), quiet=True).evidence['clean'] is None
+
+
+def test_shards_come_back_as_a_list_that_opens(tmp_path):
+    corpus = ArrayCorpus(torch.stack([*pictures()]), texts=[f'text {i}' for i in range(60)])
+    write_shards(corpus, tmp_path/'shards', 25)
+    found = scan_line(f'wds:{tmp_path}/shards/{{00000..00002}}.tar', tmp_path/'scan')
+    again = open_corpus(found.evidence['clean'])
+    assert again.keys == kept_keys(found) and again.texts == [f'text {int(k)}' for k in again.keys]
+    assert torch.equal(again[5].image, corpus[int(again.keys[5])].image)
+
+
+def test_a_line_that_cannot_be_said_is_not_said():
+    assert write_spec('folder', 'a?b', keep='k') is None and write_spec('wds', 'a&b', keep='k') == 'wds:a&b?keep=k'
+
+
+# The command
+
+
+def run(*args):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err): code = main([str(a) for a in args])
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp('encoder')/'e.safetensors'
+    save_encoder(create_encoder('resnet10/half', 4), path)
+    return path
+
+
+def test_a_damaged_picture_is_named_counted_and_skipped(tmp_path, tiny):
+    pile = fill(tmp_path/'pile', 30, 0)
+    code, out, err = run('scan', f'folder:{pile}', '--encoder', tiny, '--out', tmp_path/'scan', '--clusters', 2, '-q')
+    assert code == 0, err
+    assert '1 samples were left out' in err and '031-broken.png' in err
+    assert [line.split() for line in out.splitlines() if 'skipped' in line][0][-1] == '1'
+    names = [r['key'] for r in csv.DictReader(open(tmp_path/'scan'/'findings.csv'))]
+    assert len(names) == 30 and 'class 1/031-broken.png' not in names
+    said = json.loads((tmp_path/'scan'/'scan.json').read_text())
+    assert [k for k, _ in said['skipped']] == ['class 1/031-broken.png'] and 'not an image' in said['skipped'][0][1]
+    assert len(open_corpus(said['clean'])) == 30 and said['clean'] in out
+
+
+@pytest.mark.slow
+def test_train_first_and_not_twice(tmp_path):
+    "`--train`: an encoder is trained into the folder, used again by the same command, refused to another."
+    pile = fill(tmp_path/'pile', 64, 6)
+    command = lambda *more: run('scan', f'folder:{pile}', '--out', tmp_path/'scan', '-q', *more)
+    code, out, err = command('--train', 'moco')
+    assert code == 0, err
+    made = tmp_path/'scan'/'encoder'/'encoder.safetensors'
+    before, table = made.stat().st_mtime_ns, (tmp_path/'scan'/'findings.csv').read_bytes()
+    assert command('--train', 'moco')[0] == 0 and made.stat().st_mtime_ns == before
+    assert (tmp_path/'scan'/'findings.csv').read_bytes() == table
+    code, _, err = command('--train', 'simclr')
+    assert code == 2 and 'holds an encoder of another method' in err and (tmp_path/'scan'/'report.html').exists()
+    code, out, err = run('scan', f'folder:{pile}', '--out', tmp_path/'b', '-q', '--encoder', made)
+    assert code == 0 and (tmp_path/'b'/'findings.csv').read_bytes() == table, err
+
+
+def test_an_interrupted_scan_keeps_what_it_has(tmp_path, tiny, monkeypatch):
+    "Ctrl-C is not a failure that sweeps the folder; a failure before anything was done is."
+    pile = fill(tmp_path/'pile', 30, 0)
+    command = 'scan', f'folder:{pile}', '--encoder', tiny, '--out', tmp_path/'new'/'scan', '-q', '--clusters', 2
+    def stop(*a): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(Search, 'examine', stop)
+        code, _, err = run(*command)
+    left = {p.name for p in (tmp_path/'new'/'scan'/'stages').iterdir()}
+    assert code == 130 and left == {'features.safetensors', 'clusters.safetensors'}
+    assert run(*command)[0] == 0
+    with monkeypatch.context() as m:
+        m.setattr(Search, 'features', stop)
+        assert run(*command[:5], tmp_path/'other', *command[6:])[0] == 130 and not (tmp_path/'other').exists()
+
+
+# Two processes
+
+
+ENDS = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
+
+
+def same(a, b):
+    for name in ('score', 'cluster', 'window', 'probability', 'keep'):
+        assert torch.equal(*(getattr(f, name).nan_to_num(-1.) for f in (a, b))), name
+    assert a.keys == b.keys and a.verdict == b.verdict and a.evidence['forwards'] == b.evidence['forwards']
+    assert a.evidence['skipped'] == b.evidence['skipped'] and torch.equal(a.evidence['heat'], b.evidence['heat'])
+
+
+def adaptive(): return PoisonCAM(clusters=3, tests=40, look=20, filter=quick, batch=64)
+
+
+def one_of_two(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ.update(zip(ENDS, (str(rank), str(rank), '2', '2', '127.0.0.1', str(port))), ACCELERATE_USE_CPU='1')
+    team, corpus = Team(cpu=True), FolderCorpus(folder/'pile')
+    found = scan_corpus(corpus, red(), folder/f'two-{rank}', adaptive(), quiet=True, team=team)
+    found.save(folder/f'found-{rank}.safetensors')
+    (folder/f'seen-{rank}.json').write_text(json.dumps(corpus.skipped))
+    broken, said = red(), ''
+    if rank: broken.net.fuse = 5
+    try: scan_corpus(FolderCorpus(folder/'pile'), broken, folder/'broken', adaptive(), quiet=True, team=team)
+    except BdnbError as e: said = str(e)
+    (folder/f'error-{rank}.txt').write_text(said)
+    team.close()
+
+
+def start_two(work, *args):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    pair = [fork.Process(target=work, args=(r, port, *args)) for r in (0, 1)]
+    for p in pair: p.start()
+    for p in pair: p.join(900)
+    return [p.exitcode for p in pair]
+
+
+@pytest.mark.slow
+@needs_fork
+def test_two_processes_are_one(tmp_path):
+    "Findings bit for bit, files from the first alone, each picture decoded once; an error in one ends both, and names it."
+    fill(tmp_path/'pile', 150)
+    alone = scan_corpus(FolderCorpus(tmp_path/'pile'), red(), tmp_path/'one', adaptive(), quiet=True)
+    assert alone.verdict == FOUND and len(alone.evidence['skipped']) == 1 and (~alone.keep).sum() >= 20
+    assert start_two(one_of_two, tmp_path) == [0, 0]
+    for rank in (0, 1):
+        same(alone, load_findings(tmp_path/f'found-{rank}.safetensors'))
+        assert json.loads((tmp_path/f'seen-{rank}.json').read_text()) == [list(s) for s in alone.evidence['skipped']]
+    assert not (tmp_path/'two-1').exists()
+    for name in ('findings.csv', 'kept.txt', 'removed.txt'):
+        assert (tmp_path/'two-0'/name).read_bytes() == (tmp_path/'one'/name).read_bytes()
+    assert (tmp_path/'error-1.txt').read_text() == 'the fuse is burnt'
+    assert (tmp_path/'error-0.txt').read_text() == 'process 1 of 2 stopped: BdnbError: the fuse is burnt'
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path, tiny):
+    "The command as one types it: the same files as from one process, and one report."
+    pile = fill(tmp_path/'pile', 60)
+    args = f"scan folder:{pile} --encoder {tiny} --clusters 2 --device cpu -q --out".split()
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'bdnb.cli', *args]
+    done = subprocess.run([*launch, str(tmp_path/'two')], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('report: ') == 1
+    assert run(*args, tmp_path/'one')[0] == 0
+    for name in ('findings.csv', 'kept.txt', 'removed.txt'):
+        assert (tmp_path/'two'/name).read_bytes() == (tmp_path/'one'/name).read_bytes()
+
+
+# Kills
+
+
+def slow_scan(folder, out, nap):
+    torch.set_num_threads(1)
+    findings.EVERY, net = 0., red()
+    net.net.nap = nap
+    found = scan_corpus(FolderCorpus(folder), net, out, replace(how, batch=64), quiet=True)
+    found.save(out/'found.safetensors')
+
+
+@pytest.mark.slow
+@needs_fork
+def test_kill_9_within_the_search(tmp_path):
+    "Killed twice, each time when more pieces had been written, and ended: the findings of a scan that nothing happened to."
+    fill(tmp_path/'pile')
+    out, parts = tmp_path/'scan', lambda: sorted(out.glob('stages/search-*.part.safetensors'))
+    for _ in range(2):
+        had, end = len(parts()), time.monotonic() + 300
+        p = fork.Process(target=slow_scan, args=(tmp_path/'pile', out, .02))
+        p.start()
+        while len(parts()) <= had and p.is_alive() and time.monotonic() < end: time.sleep(.01)
+        os.kill(p.pid, signal.SIGKILL)
+        p.join()
+        assert p.exitcode == -signal.SIGKILL and len(parts()) > had and not (out/'stages'/'search.safetensors').exists()
+    assert len(parts()) >= 2 and all(findings.read_tensors(f)[0] for f in parts())
+    p = fork.Process(target=slow_scan, args=(tmp_path/'pile', out, 0.))
+    p.start()
+    p.join(600)
+    assert p.exitcode == 0 and not parts()
+    slow_scan(tmp_path/'pile', tmp_path/'whole', 0.)
+    same(load_findings(tmp_path/'whole'/'found.safetensors'), load_findings(out/'found.safetensors'))
+    assert (out/'findings.csv').read_bytes() == (tmp_path/'whole'/'findings.csv').read_bytes()
+
+
+# Time left
+
+
+class Ticks:
+    "A clock that only work moves."
+    def __init__(self): self.now = 0.
+    def perf_counter(self): return self.now
+    monotonic = time = perf_counter
+
+
+def timed_scan(monkeypatch, corpus, detector, net):
+    "(records of (stage, done, total, left, now), the time at the end); a picture costs 1 in the encoder, and 2 in the filter."
+    clock, seen = Ticks(), []
+    monkeypatch.setattr(findings, 'time', clock)
+    spend = lambda price: lambda module, x, y: setattr(clock, 'now', clock.now + price*len(x[0]))
+    net.net.register_forward_hook(spend(1))
+    real = FilterEnsemble.forward
+    def forward(self, x):
+        clock.now += len(x)*(6 if self.training else 2)              # forwards and back
+        return real(self, x)
+    monkeypatch.setattr(FilterEnsemble, 'forward', forward)
+    stages = Scan(progress=lambda *a: seen.append((*a, clock.now)))
+    with torch.no_grad(): Search(detector, corpus, net.eval(), stages, torch.device('cpu')).findings()
+    return seen, stages
+
+
+def test_the_time_left_is_honest(monkeypatch):
+    "Without a trigger the estimate holds from the first piece on: clusters of unequal size and pruned rounds are foreseen."
+    detector = PoisonCAM(clusters=10, tests=40, look=20, pass_above=20, evidence=1., batch=50)
+    noise = torch.randint(0, 256, (300, 3, 32, 32), generator=rng('noise'), dtype=torch.uint8)
+    seen, _ = timed_scan(monkeypatch, ArrayCorpus(noise), detector, squint(32))
+    end = seen[-1][-1]
+    assert {s for s, *_ in seen} == {'features', 'search'} and end > 3000
+    for stage, done, total, left, now in seen:
+        assert 0 < done <= total and abs(left - (end - now)) <= .15*(end - now) + 50, (stage, done, total, left, end - now)
+    assert seen[-1][3] == 0 and [d for s, d, *_ in seen if s == 'search'] == sorted(d for s, d, *_ in seen if s == 'search')
+
+
+def test_the_time_left_counts_the_classifier(monkeypatch):
+    "From its first step on: steps at their pace, and the pictures that it will be asked about; then what is left of them."
+    detector = PoisonCAM(clusters=2, tests=40, batch=50, search='all', filter=FilterRecipe.quick(steps=30, every=100))
+    seen, _ = timed_scan(monkeypatch, ArrayCorpus(torch.stack([*pictures(300, 6)])), detector, red())
+    last = [r for r in seen if r[0] in ('classifier', 'filter')]
+    assert [r[0] for r in last][:31] == ['classifier']*30 + ['filter'] and last[0][1:3] == (1, 30)
+    end = last[-1][-1]
+    for stage, done, total, left, now in last:
+        assert abs(left - (end - now)) <= .05*(end - now) + 1e-6, (stage, done, left, end - now)
+    assert last[-1][1:4] == (300, 300, 0)
+
+
+# Memory
+
+
+class Drawn(Corpus):
+    "Pictures that are made when they are asked for; one in the middle cannot be."
+    def __init__(self, n, size):
+        super().__init__([f'{i:06d}' for i in range(n)], name='drawn')
+        self.size = size
+        self.noise = np.random.default_rng(0).integers(0, 256, 8*3*size*size, np.uint8)
+
+    def _image(self, i, size=None, fit='crop'):
+        if i == len(self)//2: raise BadImage(f'{self.keys[i]}: torn')
+        n = 3*self.size**2
+        return torch.from_numpy(self.noise[(i*7919) % (7*n):][:n].reshape(3, self.size, self.size))
+
+
+class Squint(nn.Module):
+    "A few sums of a picture."
+    dim = 12
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(48, 12)
+
+    def forward(self, x): return self.linear(nn.functional.adaptive_avg_pool2d(x, 4).flatten(1))
+
+
+def squint(size):
+    torch.manual_seed(0)
+    return Encoder(Squint(), 'squint', size, mean=(.5,)*3, std=(.1,)*3).eval()
+
+
+def anonymous():
+    "Bytes of this process that no file stands behind."
+    return int(next(line for line in open('/proc/self/status') if line.startswith('RssAnon')).split()[1])*1024
+
+
+def measured(folder, name, n, size, budget, detector):
+    "Scan and write down: peak of the resident set, peak of its anonymous part above the start, pictures found."
+    import threading
+    torch.set_num_threads(1)
+    net, start, peak, stop = squint(size), anonymous(), [0], threading.Event()
+    def watch():
+        while not stop.wait(.01): peak[0] = max(peak[0], anonymous())
+    (watcher := threading.Thread(target=watch)).start()
+    found = scan_corpus(Drawn(n, size), net, folder/name, detector, quiet=True, budget_bytes=budget)
+    stop.set()
+    watcher.join()
+    said = dict(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024, grown=max(0, peak[0] - start), n=len(found.keys),
+                examined=int(found.searched.sum()), asked=int((~found.probability.isnan()).sum()),
+                clusters=found.evidence['clusters'], skipped=found.evidence['skipped'])
+    (folder/f'{name}.json').write_text(json.dumps(said))
+
+
+def in_a_process(folder, name, *args):
+    p = fork.Process(target=measured, args=(folder, name, *args))
+    p.start()
+    p.join(1800)
+    assert p.exitcode == 0
+    return json.loads((folder/f'{name}.json').read_text())
+
+
+small = FilterRecipe.quick(models=1, width=2, steps=10)
+linux = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='no /proc here')
+
+
+@pytest.mark.slow
+@needs_fork
+@linux
+def test_100_000_pictures_within_4_gigabytes(tmp_path):
+    "A thousand clusters, pictures in a mapped file, one of them torn: everything at full size but the network and the pictures."
+    few = PoisonCAM(masks='grid', window=.5, tests=32, look=8, per_round=1, evidence=.01, more=32, filter=small)
+    said = in_a_process(tmp_path, 'large', 100_000, 32, 2**24, few)
+    assert said['n'] == 99_999 and said['clusters'] == 999 and said['examined'] > 3000 and said['asked'] == 99_999
+    assert said['skipped'] == [['050000', '050000: torn']]
+    assert said['peak'] < 4*2**30, said
+    rows = sum(1 for _ in open(tmp_path/'large'/'findings.csv')) - 1
+    assert rows == 99_999
+
+
+@pytest.mark.slow
+@needs_fork
+@linux
+def test_pictures_beyond_the_budget_are_not_held(tmp_path):
+    "20,000 pictures of 64 px are 246 MB: in memory within the budget, else in the file, and the process does not grow by them."
+    few = PoisonCAM(clusters=20, masks='grid', window=.5, tests=32, look=8, per_round=1, batch=128, evidence=.01, more=8,
+                    filter=small)
+    decoded = 20_000*3*64**2
+    held = in_a_process(tmp_path, 'held', 20_000, 64, 2**31, few)
+    mapped = in_a_process(tmp_path, 'mapped', 20_000, 64, 2**24, few)
+    assert held['grown'] > decoded, held                               # else this test could not fail
+    assert mapped['grown'] < held['grown'] - .9*decoded, (held, mapped)
+    assert (tmp_path/'held'/'findings.csv').read_bytes() == (tmp_path/'mapped'/'findings.csv').read_bytes()
+
+
+# The report
+
+
+class Page(HTMLParser):
+    "Tags with their attributes, and the text."
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.open = [], '', []
+        self.feed(text)
+
+    def handle_starttag(self, name, attributes): self.tags.append((name, dict(attributes)))
+    def handle_data(self, text): self.text += text
+    def all(self, name): return [a for n, a in self.tags if n == name]
+
+
+def test_the_report_shows_evidence_and_no_foreign_html(tmp_path):
+    evil = ['<script>alert(1)</script>.png', '"><img src=x onerror=alert(2)>.png', '&lt;b&gt;.png', "=cmd|'/c calc'.png",
+            '\u202egnp.exe.png']
+    images = torch.stack([*pictures()])
+    keys = [evil[i//6 % 5] + str(i) if i % 6 == 0 else f'<i>{i}</i>' for i in range(60)]
+    corpus = ArrayCorpus(images, keys, name='<h1>name', skipped=[('<u>bad', '<svg onload=alert(3)>: torn')])
+    scan_corpus(corpus, red(), tmp_path/'scan', how, 'bdnb scan "<b>x"', True)
+    text = (tmp_path/'scan'/'report.html').read_text(encoding='utf-8')
+    page = Page(text)
+    assert not page.all('i') and not page.all('u') and 'onerror' not in {a for _, d in page.tags for a in d}
+    assert all('alert' not in str(v) for n, d in page.tags for v in (n, *d.values())) and 'alert(1)' in page.text
+    for shown in (evil[0] + '0', evil[1] + '6', '<u>bad', '<svg onload=alert(3)>: torn', 'bdnb scan "<b>x"', '<h1>name'):
+        assert shown in page.text, shown
+    shots = [a for a in page.all('img')]
+    assert all(a['src'].startswith('data:image/png;base64,') for a in shots) and len(shots) % 3 == 0 and len(shots) >= 30
+    sizes = [Image.open(io.BytesIO(base64.b64decode(a['src'].split(',', 1)[1]))).size for a in shots[:3]]
+    assert [a['alt'] for a in shots[:3]] == ['picture', 'heat', 'crop'] and sizes == [(32, 32), (32, 32), (9, 9)]
+    heat = np.asarray(Image.open(io.BytesIO(base64.b64decode(shots[1]['src'].split(',', 1)[1]))).convert('L'), np.float64)
+    red_at = np.asarray(Image.open(io.BytesIO(base64.b64decode(shots[0]['src'].split(',', 1)[1]))).convert('RGB'), np.float64)
+    assert heat.std() > 0 and red_at[..., 0].max() == 255             # the frame
+    bars = [float(a['height']) for a in page.all('rect')]
+    assert len(bars) == 20 and max(bars) == 95 and min(bars) >= 0 and sum(b > 0 for b in bars) >= 2
+    rows = list(csv.DictReader(open(tmp_path/'scan'/'findings.csv', encoding='utf-8')))
+    assert not any(r['key'].startswith('=') for r in rows)
+
+
+def test_a_clean_set_says_so(tmp_path):
+    found = scan_corpus(ArrayCorpus(torch.stack([*pictures(60, 0)])), red(), tmp_path/'scan', how, quiet=True)
+    page = Page((tmp_path/'scan'/'report.html').read_text(encoding='utf-8'))
+    assert found.verdict == NO_EVIDENCE and 'no evidence of a patch trigger' in page.text and 'Nothing was removed' in page.text
+    assert (tmp_path/'scan'/'removed.txt').read_text() == '' and len(read_keys(tmp_path/'scan'/'kept.txt')) == 60
+
+
+def test_parquet_says_the_same(tmp_path):
+    parquet = pytest.importorskip('pyarrow.parquet')
+    found = scan_corpus(ArrayCorpus(torch.stack([*pictures()])), red(), tmp_path/'scan', Every(), quiet=True)
+    assert parquet.read_table(tmp_path/'scan'/'findings.parquet').to_pylist() == found.rows() and len(found.rows()) == 60
