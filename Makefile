@@ -27,7 +27,7 @@ check: export HF_HUB_OFFLINE = 1
 check:
 	@failed=0; \
 	echo "Running every notebook:"; $(BIN)/nbdev_test --n_workers 2 --timing || failed=1; \
-	echo "Running the tests:"; $(BIN)/python -m pytest || failed=1; \
+	echo "Running the tests:"; $(BIN)/python -m pytest -n 2 --dist loadfile || failed=1; \
 	exit $$failed
 
 fast: export OMP_NUM_THREADS = 1

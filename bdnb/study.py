@@ -215,7 +215,9 @@ def summary(rows, # of `tour`, or of a results file
     return out
 
 # %% ../nbs/app/00_study.ipynb #ef7bc1ac
-NAMES = dict(none='no defence', finetune='fine-tuning', cleanclip='CleanCLIP')
+NAMES = {'none': 'no defence', 'finetune': 'fine-tuning', 'cleanclip': 'CleanCLIP', 'clean': 'never poisoned',
+         'poisoncam': 'PoisonCAM', 'poisoncam+erase': 'PoisonCAM, erased', 'patchsearch': 'PatchSearch',
+         'kd_only': 'distillation alone', 'bcu': 'BCU'}
 
 def defence_table(rows, # of `tour`, or of a results file
                   pair=('ca', 'asr'), # two metrics, shown as "first / second" in per cent

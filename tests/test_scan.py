@@ -439,7 +439,9 @@ def measured(folder, name, n, size, budget, detector):
     "Scan and write down: peak of the resident set, peak of its anonymous part above the start, pictures found."
     import threading
     torch.set_num_threads(1)
-    net, start, peak, stop = squint(size), anonymous(), [0], threading.Event()
+    net = squint(size)
+    scan_corpus(Drawn(512, size), net, folder/f'{name}-first', detector, quiet=True)      # modules and work buffers are not the pictures'
+    start, peak, stop = anonymous(), [0], threading.Event()
     def watch():
         while not stop.wait(.01): peak[0] = max(peak[0], anonymous())
     (watcher := threading.Thread(target=watch)).start()
@@ -489,7 +491,7 @@ def test_pictures_beyond_the_budget_are_not_held(tmp_path):
     held = in_a_process(tmp_path, 'held', 20_000, 64, 2**31, few)
     mapped = in_a_process(tmp_path, 'mapped', 20_000, 64, 2**24, few)
     assert held['grown'] > decoded, held                               # else this test could not fail
-    assert mapped['grown'] < held['grown'] - .9*decoded, (held, mapped)
+    assert mapped['grown'] < .5*decoded, (held, mapped)
     assert (tmp_path/'held'/'findings.csv').read_bytes() == (tmp_path/'mapped'/'findings.csv').read_bytes()
 
 
