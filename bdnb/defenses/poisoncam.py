@@ -418,6 +418,9 @@ def _ranking(self:Search, score)->torch.Tensor: # int64 [N]
     "Best first; a picture that was not examined counts as 0, and of equals the first comes first."
     return score.nan_to_num(0.).sort(descending=True, stable=True).indices
 
+Search.findings, Search.suspects, Search.heat, Search.quick, Search.ranking = _findings, _suspects, _heat, _quick, _ranking
+
+# %% ../../nbs/defenses/03_poisoncam.ipynb #bae5ec40
 def _classify(self:Search, guilty, score, window)->dict: # probability float [N]
     "Train the poison classifier on the crops of `guilty` and ask it about every picture."
     how, r, images = self.how, self.how.filter or self.quick(), self.pictures.images
@@ -442,5 +445,4 @@ def _classify(self:Search, guilty, score, window)->dict: # probability float [N]
         return dict(probability=filter_probability(net, self.pictures.gather(rows), self.encoder.normalise, self.device))
     return self.stages.over(torch.arange(self.n), work, how.batch, 'filter')
 
-Search.findings, Search.heat, Search.ranking, Search.classify, Search.quick = _findings, _heat, _ranking, _classify, _quick
-Search.suspects = _suspects
+Search.classify = _classify
