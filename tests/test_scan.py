@@ -437,10 +437,11 @@ def anonymous():
 
 def measured(folder, name, n, size, budget, detector):
     "Scan and write down: peak of the resident set, peak of its anonymous part above the start, pictures found."
-    import threading
+    import ctypes, threading
     torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(-3, 2**20)      # M_MMAP_THRESHOLD: large buffers go back at once, or their fragments would be counted
     net = squint(size)
-    scan_corpus(Drawn(512, size), net, folder/f'{name}-first', detector, quiet=True)      # modules and work buffers are not the pictures'
+    scan_corpus(Drawn(512, size), net, folder/f'{name}-first', detector, quiet=True)      # modules are not the pictures'
     start, peak, stop = anonymous(), [0], threading.Event()
     def watch():
         while not stop.wait(.01): peak[0] = max(peak[0], anonymous())
@@ -484,14 +485,14 @@ def test_100_000_pictures_within_4_gigabytes(tmp_path):
 @needs_fork
 @linux
 def test_pictures_beyond_the_budget_are_not_held(tmp_path):
-    "20,000 pictures of 64 px are 246 MB: in memory within the budget, else in the file, and the process does not grow by them."
+    "30,000 pictures of 64 px are 369 MB: in memory within the budget, else in the file, and the process does not grow by them."
     few = PoisonCAM(clusters=20, masks='grid', window=.5, tests=32, look=8, per_round=1, batch=128, evidence=.01, more=8,
                     filter=small)
-    decoded = 20_000*3*64**2
-    held = in_a_process(tmp_path, 'held', 20_000, 64, 2**31, few)
-    mapped = in_a_process(tmp_path, 'mapped', 20_000, 64, 2**24, few)
+    decoded = 30_000*3*64**2
+    held = in_a_process(tmp_path, 'held', 30_000, 64, 2**31, few)
+    mapped = in_a_process(tmp_path, 'mapped', 30_000, 64, 2**24, few)
     assert held['grown'] > decoded, held                               # else this test could not fail
-    assert mapped['grown'] < held['grown'] - .9*decoded, (held, mapped)         # both have the same work buffers
+    assert mapped['grown'] < .25*decoded, (held, mapped)
     assert (tmp_path/'held'/'findings.csv').read_bytes() == (tmp_path/'mapped'/'findings.csv').read_bytes()
 
 
