@@ -9,13 +9,13 @@ __all__ = ['CLASSIFIER_DEFENSES', 'UNLABELLED', 'CLASSIFIER_RECIPES', 'TABLE_CLA
            'changed', 'main']
 
 # %% ../nbs/app/03_classifier_study.ipynb #7ec3cafd
-import argparse, copy, re, time
+import argparse, re, time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
-from .core import BdnbError, derive_seed, did_you_mean, limit_threads, read_json, rng, stamp, write_json
+from .core import BdnbError, check_names, derive_seed, did_you_mean, limit_threads, read_json, rng, stamp, write_json
 from .attacks.supervised import (SUPERVISED_ATTACKS, VIEWS, Attacked, attack_classifier, batches_of, labelled,
                                      make_supervised_attack, victim)
 from .attacks.triggers import Trigger
@@ -69,11 +69,9 @@ class ClassifierRecipe:
         if system not in CLASSIFIER_DEFENSES:
             raise BdnbError(f"unknown system '{system}'; {did_you_mean(system, CLASSIFIER_DEFENSES)}")
         kind, own = CLASSIFIER_DEFENSES[system]
-        known = kind.__dataclass_fields__
         swift = dict(_SWIFT, warmup=.05) if self.swift and kind is BCU else {}
         given = {**swift, **self.cure, **dict(precision=self.precision), **self.cures.get(system, {}), **own, **options}
-        for o in given:
-            if o not in known: raise BdnbError(f"{system} has no option '{o}'; {did_you_mean(o, known)}")
+        check_names(given, kind.__dataclass_fields__, f'{system} has no option')
         return kind(**given)
 
 # %% ../nbs/app/03_classifier_study.ipynb #fc4e0952
@@ -90,9 +88,7 @@ TABLE_CLASSIFIER_ATTACKS = [a for a in ('badnets', 'blended', 'input_aware', 'la
 def make_classifier_recipe(name='shapes', **changes)->ClassifierRecipe:
     "A recipe by name, with changes. Unknown names and fields raise `BdnbError`."
     if name not in CLASSIFIER_RECIPES: raise BdnbError(f"unknown recipe '{name}'; {did_you_mean(name, CLASSIFIER_RECIPES)}")
-    known = ClassifierRecipe.__dataclass_fields__
-    for o in changes:
-        if o not in known: raise BdnbError(f"a recipe has no field '{o}'; {did_you_mean(o, known)}")
+    check_names(changes, ClassifierRecipe.__dataclass_fields__, 'a recipe has no field')
     return replace(CLASSIFIER_RECIPES[name], **changes)
 
 # %% ../nbs/app/03_classifier_study.ipynb #0d6d4028

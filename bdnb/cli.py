@@ -757,7 +757,6 @@ def _ssl_tour(o):
 # %% ../nbs/app/02_cli.ipynb #97bd3358
 def _bcu_tour(o):
     "The tour of a classifier: see `bdnb.classifier_study`."
-    from bdnb.attacks.supervised import make_supervised_attack
     from bdnb.classifier_study import TABLE_CLASSIFIER_ATTACKS, Pool, classifier_tour, make_classifier_recipe
     check_learning(None, o['precision'])
     asked = {**{k: o[k] for k in 'target n test_n epochs batch_size precision'.split()}, 'arch': o['model'],

@@ -11,9 +11,7 @@ import json, re, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-import numpy as np
-import torch
-from .core import BdnbError, did_you_mean, read_json, stamp, write_json
+from .core import BdnbError, check_names, did_you_mean, read_json, stamp, write_json
 from .attacks.ssl import SslPoisoning
 from .attacks.triggers import TRIGGERS, make_trigger
 from .data.doors import open_corpus
@@ -69,8 +67,7 @@ def make_ssl_study(name='wallpapers', **changes)->SslStudy:
         kept = {k: getattr(study.ssl, k) for k in ('image_size', 'encoder', 'width')}
         study = replace(study, ssl=replace(SSL_METHODS[method], **kept))
     outer, inner = SslStudy.__dataclass_fields__, SslRecipe.__dataclass_fields__
-    for k in changes:
-        if k not in outer and k not in inner: raise BdnbError(f"a recipe has no field '{k}'; {did_you_mean(k, [*outer, *inner])}")
+    check_names(changes, [*outer, *inner], 'a recipe has no field')
     ssl = replace(study.ssl, **{k: v for k, v in changes.items() if k in inner})
     if 'rate' in changes: changes.setdefault('class_rate', None)
     return replace(study, **({k: v for k, v in changes.items() if k in outer and k not in inner} | dict(ssl=ssl)))
@@ -96,8 +93,7 @@ def make_detector(name:str, **options):
     known, name = detectors(), name.removesuffix(ERASE)
     if name not in known: raise BdnbError(f"unknown system '{name}'; {did_you_mean(name, known)}")
     options_of = [f.name for f in fields(known[name])]
-    for o in options:
-        if o not in options_of: raise BdnbError(f"{name} has no option '{o}'; {did_you_mean(o, options_of)}")
+    check_names(options, options_of, f'{name} has no option')
     return known[name](**options)
 
 def ssl_data(data, # 'wallpapers', or a corpus specification of the training set

@@ -11,7 +11,7 @@ import copy, json, re, time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from .core import BdnbError, did_you_mean, read_json, stamp, write_json
+from .core import BdnbError, check_names, did_you_mean, read_json, stamp, write_json
 from .attacks.poisoning import ATTACKS, make_attack
 from .data.batches import Batches
 from .data.doors import open_corpus
@@ -58,17 +58,13 @@ TABLE_ATTACKS = list(ATTACKS)
 def make_defense(name, **options):
     "A defence by its system name. Unknown names and options raise `BdnbError`."
     if name not in DEFENSES: raise BdnbError(f"unknown system '{name}'; {did_you_mean(name, DEFENSES)}")
-    known = DEFENSES[name].__dataclass_fields__
-    for o in options:
-        if o not in known: raise BdnbError(f"{name} has no option '{o}'; {did_you_mean(o, known)}")
+    check_names(options, DEFENSES[name].__dataclass_fields__, f'{name} has no option')
     return DEFENSES[name](**options)
 
 def make_recipe(name='shapes', **changes):
     "A recipe by name, with changes. Unknown names and fields raise `BdnbError`."
     if name not in RECIPES: raise BdnbError(f"unknown recipe '{name}'; {did_you_mean(name, RECIPES)}")
-    known = Recipe.__dataclass_fields__
-    for o in changes:
-        if o not in known: raise BdnbError(f"a recipe has no field '{o}'; {did_you_mean(o, known)}")
+    check_names(changes, Recipe.__dataclass_fields__, 'a recipe has no field')
     return replace(RECIPES[name], **changes)
 
 # %% ../nbs/app/00_study.ipynb #b7bc6dac

@@ -22,7 +22,7 @@ from ..evaluate import as_arrays, measuring
 from ..models.classifiers import ARCHITECTURES, Classifier, classifier_logits, create_classifier, torchvision_names
 from ..models.encoders import RESNETS, VITS, create_encoder
 from ..objectives.distill import Distillation, crop_flip
-from ..train import fit
+from ..train import fit, put_back
 
 # %% ../../nbs/defenses/04_bcu.ipynb #39d49d35
 LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention)
@@ -309,19 +309,14 @@ def cleanse(self:BCU,
     self.check(model)
     corpus, held = hold_out(corpus, self.held_out if self.scale != 'auto' else self.held_out or .1, model.image_size, self.seed)
     teacher = copy.deepcopy(model).requires_grad_(False).eval()
-    flags, scale, probes = [(p, p.requires_grad) for p in model.parameters()], self.scale, ()
-    try:
+    scale, probes = self.scale, ()
+    with put_back(model):
         if scale == 'auto':
             short = {k: v for k, v in options.items() if k == 'device'}
             scale, probes = self.pick_scale(teacher, corpus, held, quiet=quiet, **short)
         run = dict(out=out, checkpoint_every=checkpoint_every, quiet=quiet, **options)
         history = replace(self, scale=scale).distil(model, teacher, corpus, **run)
         agrees = self.agreement(model, teacher, held) if held is not None else None
-    except BaseException:
-        model.load_state_dict(teacher.state_dict())
-        raise
-    finally:
-        for p, flag in flags: p.requires_grad_(flag)
     return Recovered(model, history, time.time() - start, scale=scale, agreement=agrees, probes=probes)
 
 def hold_out(corpus, share, size:int, seed:int)->tuple: # (pictures to teach with, others to measure on or None), in memory

@@ -8,9 +8,8 @@ __all__ = ['QUICK', 'neighbour_overlap', 'EncoderBCU', 'load_any', 'save_any', '
 # %% ../../nbs/defenses/07_bcu_encoders.ipynb #e83d4be3
 from dataclasses import dataclass, replace
 from pathlib import Path
-import torch
 import torch.nn.functional as F
-from ..core import BdnbError
+from ..core import BdnbError, check_names
 from ..data.doors import open_corpus
 from .bcu import BCU, Recovered
 from ..models.build import ClipModel
@@ -18,6 +17,7 @@ from ..models.checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from ..models.classifiers import SHORT, Classifier, list_classifiers, load_classifier, save_classifier
 from ..models.encoders import ClipEncoder, Encoder, encode, load_encoder, save_encoder
 from ..objectives.distill import FeatureDistillation, crop_flip
+from ..train import put_back
 
 # %% ../../nbs/defenses/07_bcu_encoders.ipynb #37c696d3
 def neighbour_overlap(a, # features of N pictures, float [N, D]
@@ -63,10 +63,7 @@ class EncoderBCU(BCU):
         "Reset and distil. Raises `BdnbError` for an empty pool, a network that cannot be routed, or a loss that is not finite."
         self.check(model)
         if not isinstance(model, ClipModel): return super().cleanse(model, corpus, **options)
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        try: found = super().cleanse(ClipEncoder(model), corpus, **options)
-        finally:
-            for p, flag in flags: p.requires_grad_(flag)
+        with put_back(model): found = super().cleanse(ClipEncoder(model), corpus, **options)
         return replace(found, model=model)
 
 # %% ../../nbs/defenses/07_bcu_encoders.ipynb #de8aecd3
@@ -88,9 +85,7 @@ def save_any(model, path, **meta):
 def bcu_for(model, **options)->BCU:
     "BCU as the kind of model needs it, with settings for a laptop (`QUICK`) where `options` do not say otherwise."
     kind = BCU if isinstance(model, Classifier) else EncoderBCU
-    known = kind.__dataclass_fields__
-    for o in options:
-        if o not in known: raise BdnbError(f"BCU has no option '{o}' for a {type(model).__name__}")
+    check_names(options, kind.__dataclass_fields__, f'BCU for a {type(model).__name__} has no option')
     return kind(**{**QUICK, **options})
 
 def cleanse_checkpoint(path, # of a classifier, an encoder or a CLIP

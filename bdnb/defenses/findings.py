@@ -10,7 +10,7 @@ __all__ = ['NO_EVIDENCE', 'FOUND', 'COLUMNS', 'EVERY', 'Findings', 'erase_window
 import hashlib, json, sys, time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 import numpy as np

@@ -152,7 +152,8 @@ class PatchSearchRun(Search):
         "Features, clusters and test pictures; as released, by Euclidean k-means on unit features."
         if not self.how.as_released: return super().prepare()
         unit = F.normalize(self.stages.stage('features', self.features)['z'], dim=1)
-        c = self.stages.stage('clusters', lambda: dict(centroids=lloyd(unit, self.k, self.how.seed)))['centroids']
+        cluster = lambda: dict(centroids=lloyd(unit, self.k, self.how.seed))
+        c = self.stages.stage('clusters', lambda: self.stages.once(cluster))['centroids']
         self.own, far = l2_assign(unit, c)
         self.centroids, self.base = c.to(self.device), -far
         rows = choose_tests(self.base, self.own, self.k, self.how.tests, self.how.seed)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from ..core import BdnbError, derive_seed, did_you_mean, hash_uniform, rng
-from ..data.corpus import ArrayCorpus
 from .findings import FOUND, NO_EVIDENCE, Findings, Scan, contents
 from .poisonfilter import FilterEnsemble, FilterRecipe, filter_probability, train_filter
 from ..evaluate import measuring

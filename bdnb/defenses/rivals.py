@@ -22,7 +22,7 @@ from ..evaluate import accuracy, as_arrays
 from ..models.classifiers import Classifier, classifier_logits
 from ..objectives.classify import CrossEntropyObjective, frozen
 from ..objectives.distill import crop_flip
-from ..train import fit
+from ..train import fit, put_back
 
 # %% ../../nbs/defenses/06_rivals.ipynb #399a5761
 def labelled_pictures(model:Classifier, corpus, what:str): # an `ArrayCorpus` at the model's size
@@ -68,15 +68,9 @@ class FineTuneClassifier:
                ) -> Cleansed:
         "Cleanse `model`. Raises `BdnbError` for a corpus that is empty or has no labels, or for a loss that is not finite."
         start, corpus = time.time(), labelled_pictures(model, corpus, type(self).__name__)
-        was, flags = copy.deepcopy(model.state_dict()), [(p, p.requires_grad) for p in model.parameters()]
-        try:
+        with put_back(model):
             model.requires_grad_(True)
             history = self.cure(model, corpus, out=out, checkpoint_every=checkpoint_every, quiet=quiet, **options)
-        except BaseException:
-            model.load_state_dict(was)
-            raise
-        finally:
-            for p, flag in flags: p.requires_grad_(flag)
         return Cleansed(model, history, time.time() - start)
 
 # %% ../../nbs/defenses/06_rivals.ipynb #690a0f3a
