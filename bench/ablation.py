@@ -9,7 +9,7 @@ fewer than by default, so that a victim takes under twelve minutes of one core. 
 """
 import sys
 
-from poisoncam import arguments, finish, line, measure, settings_of, victim
+from poisoncam import arguments, chosen, finish, line, measure, victims
 
 from bdnb.core import limit_threads
 from bdnb.defenses.poisoncam import PoisonCAM
@@ -34,13 +34,8 @@ def main():
     p.add_argument('--out', default='results/ablation-poisoncam.json')
     o = p.parse_args()
     limit_threads(o.threads)
-    axes = [a.strip() for a in o.axes.split(',')]
-    for a in axes:
-        if a not in AXES: p.error(f"no axis '{a}'; there are {', '.join(AXES)}")
-    rows, filter = [], FilterRecipe.quick(steps=o.steps)
-    for folder in o.folders.split(','):
-        case = victim(folder, settings_of(o.recipe))
-        print(f'{case.attack}, seed {case.seed}', file=sys.stderr)
+    axes, rows, filter = chosen(p, o.axes, AXES, 'axis'), [], FilterRecipe.quick(steps=o.steps)
+    for case in victims(o):
         for s in settings():
             differs = [k for k in s if s[k] != DEFAULT[k]]
             if differs and differs[0] not in axes: continue

@@ -230,6 +230,22 @@ def arguments(about):
     return p
 
 
+def chosen(p, text, known, what):
+    "The names in `text`; a complaint of the parser `p` for one that is not known."
+    names = [s.strip() for s in text.split(',')]
+    for s in names:
+        if s not in known: p.error(f"no {what} '{s}'; there are {', '.join(known)}")
+    return names
+
+
+def victims(o):
+    "The cases of all folders, each announced."
+    for folder in o.folders.split(','):
+        case = victim(folder, settings_of(o.recipe))
+        print(f'{case.attack}, seed {case.seed}', file=sys.stderr)
+        yield case
+
+
 def finish(o, rows, **more):
     "Write the file."
     words = [re.sub(r'/[^,]*/(?=[^/,]+/[^/,]+)', '', w) for w in sys.argv[1:]]              # folders without what is above them
@@ -247,13 +263,8 @@ def main():
     p.add_argument('--out', default='results/race-poisoncam.json')
     o = p.parse_args()
     limit_threads(o.threads)
-    sides = [s.strip() for s in o.sides.split(',')]
-    for s in sides:
-        if s not in SIDES: p.error(f"no side '{s}'; there are {', '.join(SIDES)}")
-    rows, races = [], []
-    for folder in o.folders.split(','):
-        case = victim(folder, settings_of(o.recipe))
-        print(f'{case.attack}, seed {case.seed}', file=sys.stderr)
+    sides, rows, races = chosen(p, o.sides, SIDES, 'side'), [], []
+    for case in victims(o):
         mine = []
         for s in sides:
             kind, options = SIDES[s]
