@@ -1,6 +1,6 @@
 """Train the poisoned encoder that the tutorial on masking reads: nbs/tutorials/hijacked.safetensors (about two minutes).
 
-    python tools/make_victim.py [--out nbs/tutorials/hijacked.safetensors] [--seed 20]
+    python tools/make_victim.py [--out nbs/tutorials/hijacked.safetensors] [--seed 0]
 
 The same seed on the same processor with the same number of threads gives the same bytes.
 """
@@ -16,7 +16,7 @@ from bdnb.ssl_study import make_ssl_study, ssl_data, ssl_plan
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--out', type=Path, default=Path(__file__).parent.parent/'nbs/tutorials/hijacked.safetensors')
-    p.add_argument('--seed', type=int, default=20)
+    p.add_argument('--seed', type=int, default=0)
     o = p.parse_args()
     limit_threads(1)
     study = make_ssl_study()
