@@ -1646,8 +1646,10 @@ d = { 'settings': { 'branch': 'main',
                             'bdnb.train._share': ('objectives/train.html#_share', 'bdnb/train.py'),
                             'bdnb.train.constant': ('objectives/train.html#constant', 'bdnb/train.py'),
                             'bdnb.train.cosine': ('objectives/train.html#cosine', 'bdnb/train.py'),
+                            'bdnb.train.fast_bf16': ('objectives/train.html#fast_bf16', 'bdnb/train.py'),
                             'bdnb.train.fit': ('objectives/train.html#fit', 'bdnb/train.py'),
                             'bdnb.train.make_optimizer': ('objectives/train.html#make_optimizer', 'bdnb/train.py'),
                             'bdnb.train.official': ('objectives/train.html#official', 'bdnb/train.py'),
                             'bdnb.train.parameter_groups': ('objectives/train.html#parameter_groups', 'bdnb/train.py'),
-                            'bdnb.train.put_back': ('objectives/train.html#put_back', 'bdnb/train.py')}}}
+                            'bdnb.train.put_back': ('objectives/train.html#put_back', 'bdnb/train.py'),
+                            'bdnb.train.settled_precision': ('objectives/train.html#settled_precision', 'bdnb/train.py')}}}

@@ -58,7 +58,7 @@ class ClassifierRecipe:
     cure:dict=field(default_factory=lambda: dict(epochs=8, batch_size=32))                         # what all cures share
     cures:dict=field(default_factory=lambda: dict(anp=dict(steps=300), nad=dict(teacher_epochs=3))) # system -> its own
     swift:bool=True              # BCU learns with AdamW, as the victim does here
-    precision:str='no'           # 'bf16' or 'fp16' on a GPU
+    precision:str='auto'         # bfloat16 where the machine is fast at it; or 'no', 'bf16', 'fp16'
 
     def with_rate(self, attacks, rate):
         "The same recipe with another rate for these attacks."

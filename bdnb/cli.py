@@ -273,7 +273,7 @@ class _O:
     warmup = _option(int, '--warmup', min=0, help='Optimiser steps.')
     weight_decay = _option(float, '--weight-decay', min=0, help='On matrices only.')
     schedule = _option(str, '--schedule', help='cosine, official (CleanCLIP) or constant.')
-    precision = _option(str, '--precision', help='no, bf16 or fp16.')
+    precision = _option(str, '--precision', help='no, bf16, fp16, or auto: bf16 where the machine is fast at it.')
     seed = _option(int, '--seed', help='Everything random follows from it.')
     workers = _option(int, '--workers', min=0, help='Decoding processes, for corpora too large for memory.')
     checkpoint_every = _option(int, '--checkpoint-every', min=0, help='Optimiser steps between checkpoints; 0 for none.')
@@ -304,9 +304,9 @@ def check_choice(option, value, known):
 
 def check_learning(schedule, precision):
     "The options that training would only look at later."
-    from bdnb.train import SCHEDULES
+    from bdnb.train import PRECISIONS, SCHEDULES
     check_choice('--schedule', schedule, list(SCHEDULES))
-    check_choice('--precision', precision, ['no', 'bf16', 'fp16'])
+    check_choice('--precision', precision, PRECISIONS)
 
 def check_captions(corpus, batch_size):
     "Raise `BdnbError` unless a corpus can train a CLIP in batches of this size."
