@@ -649,6 +649,11 @@ def _team(device):
     from bdnb.defenses.findings import Team
     return Team(device == 'cpu')
 
+def _shares(option, text):
+    "Shares with commas between, as numbers."
+    try: return tuple(float(w) for w in text.split(','))
+    except ValueError: raise BdnbError(f'{option} {text!r}: needs shares with commas between, such as .27,.36') from None
+
 def _usual_batch(size):
     "Pictures in one pass of a scan, so that a ResNet-18 needs some gigabytes at most."
     return 512 if size <= 112 else max(16, 2**int(math.log2(512*(112/size)**2)))
@@ -659,7 +664,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
          train:_option(str, '--train', help='Train one instead: moco, simclr, byol, mocov3 (small, 32 px).')=None,
          model:_O.architecture=None,
          out:_option(Path, '--out', '-o', help='Folder for findings; a killed scan goes on.')=Path('runs/scan'),
-         window:_option(float, '--window', min=0, help="Side of the window, as a share of the picture's.")=None,
+         window:_option(str, '--window', help="Side of the window, a share of the picture's; several: in order.")='.27,.36',
          clusters:_option(int, '--clusters', min=2, help='How many; by default one for 100 pictures.')=None,
          search:_option(str, '--search', help='patchsearch, adaptive or all.')=None,
          batch_size:_option(int, '--batch-size', min=1, help='Pictures in one pass; by default what fits their size.')=None,
@@ -670,7 +675,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
     from bdnb.data.doors import open_corpus
     from bdnb.defenses.poisoncam import PoisonCAM
     from bdnb.scan import scan_corpus, shared_pictures
-    given = dict(window=window, clusters=clusters, search=search, batch=batch_size)
+    given = dict(window=_shares('--window', window), clusters=clusters, search=search, batch=batch_size)
     detector = PoisonCAM(seed=seed, **{k: v for k, v in given.items() if v is not None})
     pile = open_corpus(corpus)
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not any((out/n).exists() for n in ('stages', 'encoder'))):

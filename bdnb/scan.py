@@ -76,6 +76,7 @@ def _image(x, alt):
     uri = 'data:image/png;base64,' + base64.b64encode(png(x)).decode()
     return tag('img', src=uri, alt=alt, loading='lazy')
 
+# %% ../nbs/app/05_scan.ipynb #7c41aa02
 def histogram(score, bins:int=20)->Html:
     "Examined pictures by score."
     seen = score[~score.isnan()]
@@ -86,8 +87,8 @@ def histogram(score, bins:int=20)->Html:
                 height=f'{95*math.log1p(float(v))/math.log1p(float(n.max())):.1f}', fill='var(--c0)') for i, v in enumerate(n)]
     words = [tag('text', text, x=x, y=124) for x, text in ((20, '0'), (290, f'{high:.2f}'))]
     svg = tag('svg', bars, words, viewBox='0 0 330 128', role='img', aria_label='scores of the examined pictures')
-    return tag('figure', svg,
-               tag('figcaption', 'Share of other pictures that a crop moves into its cluster (log heights).'), cls='curves')
+    says = tag('figcaption', 'Share of other pictures that a crop moves into its cluster (log heights).')
+    return tag('figure', svg, says, cls='curves')
 
 def scan_page(found:Findings, pictures, name:str, command:str, clean:str=None)->str:
     "The whole page. `clean` is the line that opens what was kept."
@@ -102,8 +103,9 @@ def scan_page(found:Findings, pictures, name:str, command:str, clean:str=None)->
         shots.append(tag('figure', tag('div', trio, cls='trio'), note, cls='shot'))
     facts = dict(pictures=f'{len(found.keys):,}', examined=f'{int(found.searched.sum()):,}', removed=f'{gone:,}',
                  clusters=e['clusters'], skipped=len(e['skipped']))
-    words = (f'{gone:,} of {len(found.keys):,} pictures should be left out.' if found.verdict == FOUND else
-            'Nothing was removed. A trigger that covers the whole picture would not show here.')
+    nothing = 'Nothing was removed. A trigger that covers the whole picture would not show here.'
+    words = f'{gone:,} of {len(found.keys):,} pictures should be left out.' if found.verdict == FOUND else nothing
+    tried = {f'{w:.0%} of the side': f'best score {s:.2f}' for w, s in e.get('windows', ())}
     card = lambda k, v: tag('div', tag('span', k), tag('b', str(v)), cls='card')
     rows = lambda d: tag('dl', [[tag('dt', tag('bdi', str(k))), tag('dd', tag('bdi', str(v)))] for k, v in d.items()])
     return page(f'{found.verdict}: {name}',
@@ -111,6 +113,7 @@ def scan_page(found:Findings, pictures, name:str, command:str, clean:str=None)->
             tag('div', [card(k, v) for k, v in facts.items()], cls='cards')),
         tag('section', tag('h2', 'Highest scores'), tag('div', shots, cls='shots')),
         tag('section', tag('h2', 'Scores'), histogram(found.score)),
+        tag('section', tag('h2', 'Windows'), rows(tried)) if tried else Html(''),
         tag('section', tag('h2', 'Work'), rows({f'{k}, forward passes': f'{v:,}' for k, v in e['forwards'].items()} |
                                               {f'{k}, seconds': v for k, v in e['seconds'].items()})),
         tag('section', tag('h2', 'Left out'), rows(dict(e['skipped'][:50]))) if e['skipped'] else Html(''),

@@ -199,9 +199,7 @@ def _groups_of(stream, k):
     it = iter(stream)
     return iter(lambda: list(islice(it, k)), [])
 
-# %% ../nbs/objectives/10_train.ipynb #fd4c8f79
-PRECISIONS = ('no', 'bf16', 'fp16', 'auto')
-
+# %% ../nbs/objectives/10_train.ipynb #5ab1e0f7
 def fast_bf16(device:str=None)->bool: # 'cpu' to ask about the processor though there is a GPU
     "Does this machine compute bfloat16 faster than float32?"
     if device != 'cpu' and torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -213,6 +211,9 @@ def settled_precision(precision:str, device:str=None)->str:
     "What 'auto' means on this machine: 'bf16' where it is fast, else 'no'. Other names stay what they are."
     if precision != 'auto': return precision
     return 'bf16' if fast_bf16(device) else 'no'
+
+# %% ../nbs/objectives/10_train.ipynb #fd4c8f79
+PRECISIONS = ('no', 'bf16', 'fp16', 'auto')
 
 def _accelerator(precision, device):
     if precision not in PRECISIONS: raise BdnbError(f"unknown precision '{precision}'; {did_you_mean(precision, PRECISIONS)}")

@@ -4,7 +4,7 @@
 
 Two races on ShapeCaps with a slim ResNet-18, each over the same number of epochs:
 
-- `BCU.cleanse` against the official recipe's loop (`defense/ft/distillation_dropout_increase.py`, described, not copied): PIL
+- `BCU.cleanse`, in float32 and as the study runs it, against the official recipe's loop (`defense/ft/distillation_dropout_increase.py`, described, not copied): PIL
   pictures transformed one by one in a `DataLoader` without workers, the teacher asked anew at every step, and after every epoch two
   test passes, clean and triggered, with gradients being recorded. The test sets are to the pool what CIFAR-10's are to its 5,000
   pictures: twice as many clean ones, 1.8 times as many triggered ones. Our side is charged for one evaluation at its end. Goal: 3.
@@ -35,7 +35,7 @@ from bdnb.defenses.bcu import BCU
 from bdnb.evaluate import trigger_seeds
 from bdnb.models.classifiers import create_classifier, evaluate_classifier
 from bdnb.objectives.classify import CrossEntropyObjective
-from bdnb.train import fit
+from bdnb.train import fit, settled_precision
 
 now = time.process_time
 
@@ -86,14 +86,15 @@ def official(model, pool, test, trigger, o):
 def ours(model, pool, test, trigger, o):
     "Seconds of `BCU.cleanse` and one evaluation."
     model, start = copy.deepcopy(model), now()
-    BCU(scale=4., epochs=o.epochs, batch_size=o.batch, crop_flip=o.augment).cleanse(model, pool, quiet=True, device='cpu')
+    BCU(scale=4., epochs=o.epochs, batch_size=o.batch, crop_flip=o.augment, precision=o.precision).cleanse(model, pool, quiet=True,
+                                                                                                           device='cpu')
     evaluate_classifier(model.eval(), test, trigger, test.classes[0])
     return now() - start
 
 
-def race_loop(o, augment):
+def race_loop(o, augment, precision):
     "Our loop against the official recipe's."
-    o.augment = augment
+    o.augment, o.precision = augment, settled_precision(precision, 'cpu')
     model, trigger = create_classifier('resnet18', 12, width=o.width), make_trigger('badnet:size=3')
     pool, test = ShapeCaps(o.n, split='clean'), ShapeCaps(2*o.n, split='test')
     pool = ArrayCorpus(pool.images, pool.keys, name='pool')
@@ -105,7 +106,8 @@ def race_loop(o, augment):
         print(f'ours {mine[-1]:.1f} s, official {seconds:.1f} s', file=sys.stderr, flush=True)
     a, b = statistics.median(mine), statistics.median(theirs)
     size = (f'ResNet-18 of width {o.width}, {o.n} pictures, {o.epochs} epochs, batch {o.batch}, {len(test)} clean and {stamped} '
-            f"triggered test pictures, {'crop and flip' if augment else 'no augmentation'}")
+            f"triggered test pictures, {'crop and flip' if augment else 'no augmentation'}, ours in "
+            f"{'float32' if o.precision == 'no' else o.precision}")
     return dict(what='BCU loop', size=size, ours='bdnb BCU.cleanse and one evaluation', peer="the official recipe's loop",
                 ours_value=a, peer_value=b, unit='CPU-s', ratio=b/a, goal=3.)
 
@@ -118,7 +120,7 @@ def race_victim(o):
     for _ in range(o.blocks):
         model, start = create_classifier(recipe.arch, 12, width=recipe.width), now()
         fit(model, CrossEntropyObjective(), Batches(train, recipe.batch_size), epochs=recipe.epochs, quiet=True, device='cpu',
-            lr=recipe.lr)
+            lr=recipe.lr, precision=recipe.precision)
         theirs.append(now() - start)
         start = now()
         recipe.defense('bcu').cleanse(model, pool, quiet=True, device='cpu')
@@ -140,7 +142,7 @@ def main():
     p.add_argument('--blocks', type=int, default=3)
     o = p.parse_args()
     limit_threads(1)
-    rows = [race_loop(o, augment) for augment in (False, True)] + [race_victim(o)]
+    rows = [race_loop(o, *case) for case in ((False, 'no'), (True, 'no'), (False, 'auto'))] + [race_victim(o)]
     for r in rows: print(f"{r['what']}: {r['ours_value']:.1f} against {r['peer_value']:.1f} CPU-s of {r['peer']}: {r['ratio']:.2f} times")
     words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
     write_json(o.out, dict(study='race-bcu', **stamp(' '.join(['python bench/bcu.py', *words])), rows=rows, clock='cpu', threads=1,

@@ -73,6 +73,32 @@ def test_a_planted_trigger_is_found(masks, soft):
     assert quality['recall'] >= .9 and quality['precision'] >= .9
 
 
+class Picky(Colours):
+    "Sees red only where there is much of it."
+    def forward(self, x):
+        red = ((x[:, 0] > .9) & (x[:, 1] < .1)).float().sum((1, 2))
+        return torch.stack([(red - 20).clamp(min=0)*20, x[:, 1].sum((1, 2)), x[:, 2].sum((1, 2))], 1)*self.weight
+
+
+def test_a_larger_window_is_tried_when_a_smaller_one_shows_nothing(tmp_path):
+    corpus, truth, _ = pile()
+    picky = Encoder(Picky(), 'picky', 32, mean=(0, 0, 0), std=(1, 1, 1))
+    look = lambda window, **o: PoisonCAM(window=window, clusters=2, tests=64, search='all', filter=quick).scan(corpus, picky,
+                                                                                                              quiet=True, **o)
+    assert look(.12).verdict == NO_EVIDENCE
+    found = look((.12, .27), out=tmp_path)
+    assert found.verdict == FOUND and found.precision_at(20, truth) == 1 and (found.window[:, 2] == 9).all()
+    (small, none), (large, much) = found.evidence['windows']
+    assert (small, large) == (.12, .27) and none < .08 < much
+    again = look((.12, .27), out=tmp_path)
+    assert torch.equal(again.score, found.score) and again.evidence['windows'] == found.evidence['windows']
+    assert again.evidence['forwards'] == found.evidence['forwards']
+    stopped = look((.27, .36))                                           # the first that shows it is enough
+    assert [w for w, _ in stopped.evidence['windows']] == [.27]
+    for bad in ((), (.27, 2), 0):
+        with pytest.raises(BdnbError, match='poisoncam: window'): PoisonCAM(window=bad)
+
+
 def searching(**options):
     "A search that is ready to examine, with its poisons' rows and boxes."
     corpus, truth, boxes = pile()

@@ -141,7 +141,7 @@ class FilterRecipe:
     @staticmethod
     def quick(**changes)->'FilterRecipe':
         "For pictures of some dozen pixels."
-        return FilterRecipe(**dict(width=16, steps=300, lr=.05, paste=(.2, .34), margin=0., scale=(.4, 1.)) | changes)
+        return FilterRecipe(**dict(width=8, steps=200, lr=.05, paste=(.2, .34), margin=0., scale=(.4, 1.)) | changes)
 
 def training_batch(images, crops, poisoned, recipe, g):
     "Float [B, 3, S, S] in 0..1 and crops float [k, 3, w, w] -> augmented pictures; those that are `poisoned` carry a crop."
