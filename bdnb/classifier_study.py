@@ -83,6 +83,12 @@ CLASSIFIER_RECIPES = dict(
     cifar10=ClassifierRecipe(target='airplane', cure=dict(epochs=20, batch_size=128, crop_flip=True), cures=_CURES, **_OFFICIAL),
     gtsrb=ClassifierRecipe(target='00', pool_n=1500, group=r'(.*)_[0-9]+', cures=_CURES,
                            cure=dict(epochs=40, batch_size=128), **{**_OFFICIAL, 'epochs': 30, 'augment': 'crop'}))
+_SLIM = dict(width=8, epochs=8, lr=2e-3, augment=False, optimizer='adamw', swift=True,      # minutes of one core a case
+             attacks=dict(wanet=dict(s=1.)))                   # at .5 it does not take root in so short a time
+_SHORT = dict(cure=dict(epochs=10, batch_size=64), cures=dict(anp=dict(steps=150, batch_size=64), nad=dict(teacher_epochs=3)))
+CLASSIFIER_RECIPES.update(
+    cifar10_slim=replace(CLASSIFIER_RECIPES['cifar10'], pool_n=2000, **_SLIM, **_SHORT),
+    gtsrb_slim=replace(CLASSIFIER_RECIPES['gtsrb'], target='01', **{**_SLIM, 'epochs': 12}, **_SHORT))
 TABLE_CLASSIFIER_ATTACKS = [a for a in ('badnets', 'blended', 'input_aware', 'label_consistent', 'sig', 'wanet')
                             if a in SUPERVISED_ATTACKS]
 
