@@ -88,7 +88,7 @@ _SLIM = dict(width=8, epochs=8, lr=2e-3, augment=False, optimizer='adamw', swift
 _SHORT = dict(cure=dict(epochs=5, batch_size=32), cures=dict(anp=dict(steps=150, batch_size=64), nad=dict(teacher_epochs=3)))
 CLASSIFIER_RECIPES.update(
     cifar10_slim=replace(CLASSIFIER_RECIPES['cifar10'], pool_n=5000, **_SLIM, **_SHORT),
-    gtsrb_slim=replace(CLASSIFIER_RECIPES['gtsrb'], target='01', **{**_SLIM, 'epochs': 12},            # class 00 has 30 pictures here
+    gtsrb_slim=replace(CLASSIFIER_RECIPES['gtsrb'], target='01', **{**_SLIM, 'epochs': 12},       # class 00 is the smallest
                        **{**_SHORT, 'cure': dict(epochs=15, batch_size=32)}))
 TABLE_CLASSIFIER_ATTACKS = [a for a in ('badnets', 'blended', 'input_aware', 'label_consistent', 'sig', 'wanet')
                             if a in SUPERVISED_ATTACKS]

@@ -53,7 +53,7 @@ _WINDOW = dict(window=.27)
 _RESNET18 = SslRecipe('mocov2', 'resnet18', 64, 64, 'mocov2', 200, 256, .06, queue=4096, precision='bf16')
 SSL_STUDIES = dict(
     wallpapers=SslStudy(),
-    imagenette=SslStudy(replace(_SMALL, image_size=64, epochs=10, queue=4096), **_PHOTOS,           # what a core does in an hour
+    imagenette=SslStudy(replace(_SMALL, image_size=64, epochs=20, queue=4096, precision='auto'), **_PHOTOS,   # an hour of a core
                         detectors=dict(poisoncam=_WINDOW | dict(filter=FilterRecipe.quick()))),
     imagenette_gpu=SslStudy(_RESNET18, **_PHOTOS, detectors=dict(poisoncam=_WINDOW)))
 
