@@ -213,7 +213,8 @@ def summary(rows, # of `tour`, or of a results file
 # %% ../nbs/app/00_study.ipynb #ef7bc1ac
 NAMES = {'none': 'no defence', 'finetune': 'fine-tuning', 'cleanclip': 'CleanCLIP', 'clean': 'never poisoned',
          'poisoncam': 'PoisonCAM', 'poisoncam+erase': 'PoisonCAM, erased', 'patchsearch': 'PatchSearch',
-         'kd_only': 'distillation alone', 'bcu': 'BCU'}
+         'kd_only': 'distillation alone', 'bcu': 'BCU', 'bcu_published': 'BCU, published shares',
+         'bcu_released': 'BCU, released routing', 'fine_pruning': 'fine-pruning', 'nad': 'NAD', 'anp': 'ANP'}
 
 def defence_table(rows, # of `tour`, or of a results file
                   pair=('ca', 'asr'), # two metrics, shown as "first / second" in per cent

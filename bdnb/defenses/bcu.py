@@ -235,7 +235,7 @@ class BCU:
     precision:str='no'          # 'bf16' or 'fp16' on a GPU
     seed:int=0                  # of the reset and of the order
     grid:tuple=(1., 2., 4., 8., 16., 32.) # scales that 'auto' may take
-    tolerance:float=.4          # share of the agreement beyond chance that the reset may cost in a probe of 'auto'
+    tolerance:float=.5          # share of the agreement beyond chance that the reset may cost in a probe of 'auto'
     probe:float=.25             # share of the epochs that a probe gets
     held_out:float=None         # share of the pool to measure agreement on; None: a tenth with 'auto', else nothing
 
