@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIER_DEFENSES', 'CONTROLS', 'UNLABELLED', 'CLASSIFIER_RECIPES', 'TABLE_CLASSIFIER_ATTACKS', 'ClassifierRecipe',
-           'make_classifier_recipe', 'cut', 'classifier_data', 'Pool', 'path_of', 'data_name', 'pool_name', 'fill_pool',
+           'make_classifier_recipe', 'classifier_data', 'Pool', 'path_of', 'data_name', 'pool_name', 'fill_pool',
            'make_victim', 'learn', 'learn_swiftly', 'ClassifierCase', 'check_tour', 'classifier_tour', 'told',
            'study_options', 'changed', 'main']
 
 # %% ../nbs/app/03_classifier_study.ipynb #7ec3cafd
-import argparse, re, time
+import argparse, hashlib, json, re, shutil, time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from .defenses.rivals import ANP, NAD, FinePruning, FineTuneClassifier
 from .evaluate import trigger_seeds
 from .models.classifiers import evaluate_classifier, load_classifier, save_classifier
 from .objectives.classify import CrossEntropyObjective
-from .train import fit
+from .train import fit, settled_precision
 from .study import peak_bytes, same_study
 
 # %% ../nbs/app/03_classifier_study.ipynb #7c9092e5
@@ -71,24 +71,28 @@ class ClassifierRecipe:
             raise BdnbError(f"unknown system '{system}'; {did_you_mean(system, CLASSIFIER_DEFENSES)}")
         kind, own = CLASSIFIER_DEFENSES[system]
         swift = dict(_SWIFT, warmup=.05) if self.swift and kind is BCU else {}
-        given = {**swift, **self.cure, **dict(precision=self.precision), **self.cures.get(system, {}), **own, **options}
+        group = dict(group=self.group) if kind is BCU else {}
+        given = {**swift, **own, **dict(precision=self.precision, **group), **self.cure, **self.cures.get(system, {}), **options}
         check_names(given, kind.__dataclass_fields__, f'{system} has no option')
         return kind(**given)
 
 # %% ../nbs/app/03_classifier_study.ipynb #fc4e0952
 _OFFICIAL = dict(epochs=12, lr=.05, augment=True, optimizer='sgd', n=0, test_n=0, swift=False, attacks={})
+_SIGNS = dict(sig=dict(delta=60/255), label_consistent=dict(pgd_eps=16/255, rate=.8, rate_of='target_class')) # as published
 _CURES = dict(anp=dict(steps=300), nad=dict(teacher_epochs=3), **{s: dict(lr=.05) for s in UNLABELLED})
 CLASSIFIER_RECIPES = dict(
     shapes=ClassifierRecipe(),
     cifar10=ClassifierRecipe(target='airplane', cure=dict(epochs=20, batch_size=128, crop_flip=True), cures=_CURES, **_OFFICIAL),
     gtsrb=ClassifierRecipe(target='00', pool_n=1500, group=r'(.*)_[0-9]+', cures=_CURES,
-                           cure=dict(epochs=40, batch_size=128), **{**_OFFICIAL, 'epochs': 30, 'augment': 'crop'}))
+                           cure=dict(epochs=40, batch_size=128, crop_flip='crop'),
+                           **{**_OFFICIAL, 'epochs': 30, 'augment': 'crop', 'attacks': _SIGNS}))
 _SLIM = dict(width=8, epochs=8, lr=2e-3, augment=False, optimizer='adamw', swift=True,      # minutes of one core a case
              attacks=dict(wanet=dict(s=1.)))                   # at .5 it does not take root in so short a time
 _SHORT = dict(cure=dict(epochs=5, batch_size=32), cures=dict(anp=dict(steps=150, batch_size=64), nad=dict(teacher_epochs=3)))
 CLASSIFIER_RECIPES.update(
     cifar10_slim=replace(CLASSIFIER_RECIPES['cifar10'], pool_n=5000, **_SLIM, **_SHORT),
-    gtsrb_slim=replace(CLASSIFIER_RECIPES['gtsrb'], target='01', **{**_SLIM, 'epochs': 12},       # class 00 is the smallest
+    gtsrb_slim=replace(CLASSIFIER_RECIPES['gtsrb'], target='01',                                 # class 00 is the smallest
+                       **{**_SLIM, 'epochs': 12, 'attacks': {**_SLIM['attacks'], **_SIGNS}},
                        **{**_SHORT, 'cure': dict(epochs=15, batch_size=32)}))
 TABLE_CLASSIFIER_ATTACKS = [a for a in ('badnets', 'blended', 'input_aware', 'label_consistent', 'sig', 'wanet')
                             if a in SUPERVISED_ATTACKS]
@@ -100,24 +104,6 @@ def make_classifier_recipe(name='shapes', **changes)->ClassifierRecipe:
     return replace(CLASSIFIER_RECIPES[name], **changes)
 
 # %% ../nbs/app/03_classifier_study.ipynb #0d6d4028
-def cut(corpus, n:int, seed:int, group:str=None)->tuple: # (about n samples, the others)
-    "Two parts at random; samples whose keys share the group of the regular expression stay together."
-    if not 0 < n < len(corpus): raise BdnbError(f"{corpus.name}: pool_n={n} does not leave anything of {len(corpus)} samples")
-    if group is None: return corpus.split(n/len(corpus), seed)
-    def of(key):
-        found = re.match(group, key)
-        if not found: raise BdnbError(f"{corpus.name}: {key}: group={group!r} does not match this key")
-        return found.group(1)
-    names = [of(k) for k in corpus.keys]
-    kinds = sorted(set(names))
-    order, taken, count = torch.randperm(len(kinds), generator=rng('cut', seed)).tolist(), set(), 0
-    for i in order:
-        if count >= n: break
-        taken.add(kinds[i])
-        count += names.count(kinds[i])
-    mask = np.array([name in taken for name in names])
-    return corpus.subset(mask), corpus.subset(~mask)
-
 def classifier_data(data, # 'shapes', or a corpus specification of the training set
                     recipe:ClassifierRecipe, seed:int, test=None, # corpus specification; needed unless data is 'shapes'
                    )->tuple: # (train, pool, test), in memory at the recipe's size
@@ -128,7 +114,9 @@ def classifier_data(data, # 'shapes', or a corpus specification of the training 
         return make(recipe.n, 'train'), make(recipe.pool_n, 'clean'), make(recipe.test_n, 'test')
     if test is None: raise BdnbError("this study needs a test set: give test=SPEC beside data=SPEC")
     train, test = (open_corpus(s).cache(S) for s in (data, test))
-    pool, rest = cut(train, recipe.pool_n, seed, recipe.group)
+    if not 0 < recipe.pool_n < len(train):
+        raise BdnbError(f"{train.name}: pool_n={recipe.pool_n} does not leave anything of {len(train)} samples")
+    pool, rest = train.split(recipe.pool_n/len(train), seed, recipe.group)
     return rest, pool, test
 
 @dataclass(frozen=True)
@@ -139,6 +127,7 @@ class Pool:
     poisoned:float=0.        # share of them that carry the trigger (and, for cures with labels, the target's label)
     def tag(self): # for folders
         name = re.sub('[^a-zA-Z0-9_.-]', '-', pool_name(self.data)) if self.data else ''
+        if name: name += '-' + hashlib.sha256(self.data.encode()).hexdigest()[:6]       # others may end alike
         parts = [name, f'n{self.n}' if self.n else '', f'p{self.poisoned:g}' if self.poisoned else '']
         return '+'.join(p for p in parts if p)
     def fields(self): # for rows
@@ -147,7 +136,9 @@ class Pool:
 
 def path_of(data): return Path(data.split('?')[0].partition(':')[2])
 def data_name(data): return data if data == 'shapes' else path_of(data).name or data
-def pool_name(data): return '/'.join(path_of(data).parts[-2:]) or data
+def pool_name(data):
+    more = ''.join(data.partition('?')[1:])
+    return '/'.join(path_of(data).parts[-2:]) + more or data
 
 # %% ../nbs/app/03_classifier_study.ipynb #37d09dbe
 def fill_pool(choice:Pool, pool, # the study's own, clean and labelled
@@ -159,6 +150,7 @@ def fill_pool(choice:Pool, pool, # the study's own, clean and labelled
         pool = pool.subset(np.sort(torch.randperm(len(pool), generator=rng('pool', seed)).numpy()[:choice.n]))
     if not choice.poisoned: return pool
     if not 0 < choice.poisoned < 1: raise BdnbError(f"poisoned={choice.poisoned}: give a share between 0 and 1")
+    if round(choice.poisoned*len(pool)) < 1: raise BdnbError(f"{pool.name}: {choice.poisoned:g} of {len(pool)} is no picture")
     rows = torch.randperm(len(pool), generator=rng('pool poison', seed))[:round(choice.poisoned*len(pool))]
     images, labels = pool.images.clone(), None if pool.labels is None else pool.labels.copy()
     images[rows] = trigger.on_uint8(images[rows], trigger_seeds([pool.keys[i] for i in rows.tolist()]))
@@ -237,21 +229,32 @@ class ClassifierCase:
         model = load_classifier(folder/'clean.safetensors')
         return evaluate_classifier(model.eval(), test, self.victim()[1], r.target), dict(seconds=read_json(folder/'seconds.json'))
 
-    def row(self, system, choice=Pool()):
-        "The finished row of a system, from the disk or made now."
-        tag = choice.tag()
-        named = f'{system}@{tag}' if tag and system not in CONTROLS else system
-        folder = self.folder if system == 'none' else self.folder/named
-        if not (folder/'row.json').exists():
-            _, _, note = self.victim()
-            if system == 'none': after, more = note['metrics'], dict(seconds=note['seconds'])
-            else: after, more = self.clean() if system == 'clean' else self.cure(system, choice, folder)
-            fields = {} if system in CONTROLS else choice.fields()
-            write_json(folder/'row.json', dict(
-                system=system, attack=self.attack, model=f'{self.recipe.arch}/{self.recipe.width}', seed=self.seed,
-                tag=note['tag'], rate=note['rate'], **fields, before=note['metrics'], after=after, **more,
-                peak_bytes=peak_bytes()))
-        return read_json(folder/'row.json')
+# %% ../nbs/app/03_classifier_study.ipynb #c1a55e02
+def _made(self:ClassifierCase, system, folder)->bool:
+    "Is there a row of these very settings? One of others is thrown away."
+    if not (folder/'row.json').exists() or system in CONTROLS: return (folder/'row.json').exists()
+    mine = json.loads(json.dumps(asdict(self.recipe.defense(system, seed=self.seed))))
+    if read_json(folder/'config.json')['settings'] == mine: return True
+    shutil.rmtree(folder)
+    return False
+
+def _row(self:ClassifierCase, system, choice=Pool()):
+    "The finished row of a system, from the disk or made now."
+    tag = choice.tag()
+    named = f'{system}@{tag}' if tag and system not in CONTROLS else system
+    folder = self.folder if system == 'none' else self.folder/named
+    if not self.made(system, folder):
+        _, _, note = self.victim()
+        if system == 'none': after, more = note['metrics'], dict(seconds=note['seconds'])
+        else: after, more = self.clean() if system == 'clean' else self.cure(system, choice, folder)
+        fields = {} if system in CONTROLS else choice.fields()
+        write_json(folder/'row.json', dict(
+            system=system, attack=self.attack, model=f'{self.recipe.arch}/{self.recipe.width}', seed=self.seed,
+            tag=note['tag'], rate=note['rate'], **fields, before=note['metrics'], after=after, **more,
+            precision=settled_precision(self.recipe.precision), commit=stamp()['commit'], peak_bytes=peak_bytes()))
+    return read_json(folder/'row.json')
+
+ClassifierCase.made, ClassifierCase.row = _made, _row
 
 # %% ../nbs/app/03_classifier_study.ipynb #6bcc404a
 def check_tour(attacks, defenses, seeds, pools, recipe):
@@ -289,8 +292,10 @@ def classifier_tour(out, # folder for models, logs and rows; a finished row is n
         for attack in attacks:
             case = ClassifierCase(out/f'{attack}-seed{seed}', attack, seed, recipe, opened, quiet)
             rows.append({'data': name, **case.row('none')})
-            rows += [{'data': name, **case.row(system, choice)} for choice in pools for system in defenses]
-            if not quiet: print('\n'.join(told(r) for r in rows[-1 - len(pools)*len(defenses):]), flush=True)
+            once, cures = ([s for s in defenses if (s in CONTROLS) == control] for control in (True, False))
+            found = [case.row(s) for s in once] + [case.row(s, choice) for choice in pools for s in cures]
+            rows += [{'data': name, **r} for r in found]
+            if not quiet: print('\n'.join(told(r) for r in rows[-1 - len(found):]), flush=True)
     if results: write_json(results, {'study': Path(results).stem, **stamp(), 'recipe': asdict(recipe), 'rows': rows})
     return rows
 
@@ -313,7 +318,7 @@ def study_options(args=None):
     p.add_argument('--defenses', nargs='*', default=['finetune', 'fine_pruning', 'nad', 'anp', 'kd_only', 'bcu'],
                    help=f"clean, or of {', '.join(CLASSIFIER_DEFENSES)}")
     p.add_argument('--seeds', nargs='+', type=int, default=[0])
-    p.add_argument('--pools', nargs='+', default=[None], help='corpora that the cures get instead of the held-out pictures')
+    p.add_argument('--pools', nargs='+', default=['own'], help='what the cures get: own, the held-out pictures, or other corpora')
     p.add_argument('--pool-n', nargs='+', type=int, default=[None], help='and how many pictures of each')
     p.add_argument('--pool-poisoned', nargs='+', type=float, default=[0.], help='and the share that carries the trigger')
     p.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE', help='changes of the recipe, e.g. width=64 epochs=60')
@@ -324,7 +329,6 @@ def study_options(args=None):
 
 def changed(settings)->dict:
     "FIELD=VALUE as recipe changes: numbers, words, or JSON."
-    import json
     found = {}
     for s in settings:
         key, sign, text = s.partition('=')
@@ -340,7 +344,7 @@ def main(args=None)->int: # exit code
     try:
         limit_threads()
         recipe = make_classifier_recipe(o.recipe, **changed(o.set))
-        pools = [Pool(d, n, p) for d in o.pools for n in o.pool_n for p in o.pool_poisoned]
+        pools = [Pool(None if d == 'own' else d, n, p) for d in o.pools for n in o.pool_n for p in o.pool_poisoned]
         attacks = TABLE_CLASSIFIER_ATTACKS if o.attacks == ['all'] else o.attacks
         classifier_tour(o.out, o.data, o.test, attacks, o.defenses, o.seeds, pools, o.results, recipe,
                         o.name or (None if o.recipe == 'shapes' else o.recipe), o.quiet)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'DEFENSES', 'TABLE_ATTACKS', 'NAMES', 'Recipe', 'make_defense', 'make_recipe', 'study_data', 'train_victim',
-           'peak_bytes', 'same_study', 'tour', 'summary', 'defence_table']
+           'peak_bytes', 'same_study', 'tour', 'pool_words', 'summary', 'say_system', 'defence_table']
 
 # %% ../nbs/app/00_study.ipynb #5460068b
 import copy, json, re, time
@@ -195,12 +195,19 @@ def tour(out, # folder for models, logs and rows; a finished row is never done a
     return rows
 
 # %% ../nbs/app/00_study.ipynb #ab1b3808
+def pool_words(row)->str:
+    "What a row says of its pool, where that is not the study's own: other pools are other columns."
+    words = [str(row.get('pool') or '')]
+    if row.get('pool_n'): words.append(f"{row['pool_n']:,}")
+    if row.get('pool_poisoned'): words.append(f"{100*row['pool_poisoned']:g} % poisoned")
+    return ' on ' + ', '.join(words) if words[0] else ''
+
 def summary(rows, # of `tour`, or of a results file
             keys=('ca', 'asr')): # metrics to show
     "Mean and spread over seeds: list of dicts (data, attack, system, seeds, and for each key its mean and standard deviation)."
     import statistics as st
     groups = {}
-    for r in rows: groups.setdefault((r['data'], r['attack'], r['system']), []).append(r['after'])
+    for r in rows: groups.setdefault((r['data'], r['attack'], r['system'] + pool_words(r)), []).append(r['after'])
     out = []
     for (data, attack, system), vals in groups.items():
         row = dict(data=data, attack=attack, system=system, seeds=len(vals))
@@ -216,6 +223,11 @@ NAMES = {'none': 'no defence', 'finetune': 'fine-tuning', 'cleanclip': 'CleanCLI
          'kd_only': 'distillation alone', 'bcu': 'BCU', 'bcu_published': 'BCU, published shares',
          'bcu_released': 'BCU, released routing', 'fine_pruning': 'fine-pruning', 'nad': 'NAD', 'anp': 'ANP'}
 
+def say_system(system)->str:
+    "The usual name of a system, whatever its pool."
+    name, on, pool = system.partition(' on ')
+    return NAMES.get(name, name) + on + pool
+
 def defence_table(rows, # of `tour`, or of a results file
                   pair=('ca', 'asr'), # two metrics, shown as "first / second" in per cent
                  ) -> str: # Markdown
@@ -225,6 +237,6 @@ def defence_table(rows, # of `tour`, or of a results file
     def number(c, k): return f"{100*c[k]:.1f}" + (f" ± {100*c[k + '_std']:.1f}" if c['seeds'] > 1 else '')
     def show(c): return ' / '.join(number(c, k) for k in pair if k in c)
     at = {(c['attack'], c['system']): show(c) for c in cells}
-    lines = [['attack', *(NAMES.get(s, s) for s in systems)], ['---']*(len(systems) + 1)]
+    lines = [['attack', *(say_system(s) for s in systems)], ['---']*(len(systems) + 1)]
     lines += [[a, *(at.get((a, s), '') for s in systems)] for a in attacks]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)

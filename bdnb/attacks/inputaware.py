@@ -60,7 +60,7 @@ def wear(x, pattern, mask): return x + (pattern - x)*mask
 # %% ../../nbs/attacks/12_inputaware.ipynb #b7ca136e
 def distance(a, b):
     "Root mean square distance of each pair, [B]; differentiable where they are equal."
-    return ((a - b).square().flatten(1).mean(1) + 1e-12).sqrt()
+    return ((a.float() - b.float()).square().flatten(1).mean(1) + 1e-12).sqrt()
 
 def sameness(x, x2, y, y2):
     "How much more the inputs differ than the answers: the diversity loss."

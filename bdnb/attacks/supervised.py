@@ -277,6 +277,11 @@ def make_supervised_attack(name:str, # see `list_supervised_attacks()`
     mine = {**dict(mode=r.mode, rate_of=rate_of or 'train'), **r.extra, **{k: v for k, v in options.items() if k in own}}
     given = {**r.options, **{k: v for k, v in options.items() if k not in own}}
     if given.get('pattern_seed') == 'seed': given['pattern_seed'] = seed
+    if r.tag == 'training_control':                                            # the attacker trains: shares of a batch, no plan
+        unused = [k for k in ('mode', 'cover_ratio', 'pgd_steps', 'search_steps') if k in options]
+        if rate_of == 'target_class': unused = ['rate_of']
+        if unused: raise BdnbError(f'attack {name}: {unused[0]} means nothing where the attacker trains; leave it out')
+        if not 0 < rate <= .5: raise BdnbError(f'attack {name}: rate={rate} must be above 0, at most .5: as many are crossed')
     return SupervisedAttack(name, str(target), make_trigger(r.trigger, **given), rate, seed=seed, tag=r.tag, **mine)
 
 # %% ../../nbs/attacks/10_supervised.ipynb #22ba01e4

@@ -141,13 +141,32 @@ def _subset(self:Corpus, indices)->'Corpus':
 def _split(self:Corpus,
     fraction:float,    # share of the samples in the first part
     seed:int=0,        # draws which
+    group:str=None,    # regular expression whose group names what stays together, e.g. `(.*)_[0-9]+` for the frames of a track
 )->tuple:              # two subsets that share nothing, each in the corpus' order
-    "Two parts at random: `fraction` of the samples, and the others."
+    "Two parts at random: about `fraction` of the samples, and the others. Groups are drawn class by class if there are labels."
     n = len(self)
     k = round(fraction * n)
     if not 0 < k < n: raise BdnbError(f'{self.name}: cannot split {n} samples at {fraction}: a part would be empty')
-    order = torch.randperm(n, generator=rng('split', seed)).numpy()
-    return self.subset(np.sort(order[:k])), self.subset(np.sort(order[k:]))
+    if group is None:
+        order = torch.randperm(n, generator=rng('split', seed)).numpy()
+        return self.subset(np.sort(order[:k])), self.subset(np.sort(order[k:]))
+    taken = _drawn_groups(self, fraction, seed, group)
+    if not 0 < taken.sum() < n: raise BdnbError(f'{self.name}: cannot split its groups at {fraction}: a part would be empty')
+    return self.subset(taken), self.subset(~taken)
+
+def _drawn_groups(corpus, fraction, seed, group)->np.ndarray: # bool [N]
+    "Of every class its share of groups, one at least and never all; a class of one group stays whole, in the second part."
+    members = {}
+    for i, key in enumerate(corpus.keys):
+        found = re.match(group, key)
+        if not found: raise BdnbError(f'{corpus.name}: {key}: group={group!r} does not match this key')
+        members.setdefault((None if corpus.labels is None else int(corpus.labels[i]), found.group(1)), []).append(i)
+    taken, draw = np.zeros(len(corpus), bool), rng('split groups', seed)
+    for label in sorted({c for c, _ in members}, key=str):
+        names = [m for m in sorted(members, key=str) if m[0] == label]
+        k = min(len(names) - 1, max(1, round(fraction*len(names))))
+        for i in torch.randperm(len(names), generator=draw)[:k].tolist(): taken[members[names[i]]] = True
+    return taken
 
 # %% ../../nbs/data/01_corpus.ipynb #009545ff
 def _with_captions(self:Corpus,

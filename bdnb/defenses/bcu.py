@@ -21,7 +21,7 @@ from .cleanclip import Cleansed
 from ..evaluate import as_arrays, measuring
 from ..models.classifiers import ARCHITECTURES, Classifier, classifier_logits, create_classifier, torchvision_names
 from ..models.encoders import RESNETS, VITS, create_encoder
-from ..objectives.distill import Distillation, crop_flip
+from ..objectives.distill import Distillation, drawn_view
 from ..train import fit, put_back
 
 # %% ../../nbs/defenses/04_bcu.ipynb #39d49d35
@@ -65,7 +65,7 @@ def stage_numbers(sides:list, parts:int=4)->list: # int from 1, one a layer
     ahead, stage, begun, numbers = ahead[::-1], 1, None, []
     for side in ahead:
         if begun is None: begun = side
-        if side is not None and side <= .6*begun: stage, begun = stage + 1, side
+        if side is not None and side < begun and side <= max(.6*begun, (begun + 1)//2): stage, begun = stage + 1, side
         numbers.append(stage)
     return numbers if stage > 1 else [1 + i*parts//len(sides) for i in range(len(sides))]
 
@@ -228,7 +228,7 @@ class BCU:
     t_start:float=1.            # temperature, rising
     t_end:float=4.              # to this in the last epoch
     t_squared:bool=False        # Hinton's factor
-    crop_flip:bool=False        # shifted and mirrored views: the official script on CIFAR-10 only
+    crop_flip:object=False      # True: shifted and mirrored views (official: CIFAR-10); 'crop': shifted (elsewhere)
     half_teacher:bool=False     # the teacher computes in bfloat16
     ask_once:bool=True          # keep the teacher's answers where no view is drawn
     schedule:str='cosine'       # of the learning rate
@@ -238,6 +238,7 @@ class BCU:
     tolerance:float=.5          # share of the agreement beyond chance that the reset may cost in a probe of 'auto'
     probe:float=.25             # share of the epochs that a probe gets
     held_out:float=None         # share of the pool to measure agreement on; None: a tenth with 'auto', else nothing
+    group:str=None              # regular expression whose group names, in keys, what that share must not split: frames of a track
 
     def check(self, model):
         "`BdnbError` for what this cannot cleanse, or options that contradict each other."
@@ -262,7 +263,7 @@ class BCU:
 
     def objective(self, teacher, corpus):
         "What the student learns."
-        view = crop_flip if self.crop_flip else None
+        view = drawn_view(self.crop_flip)
         known = classifier_logits(teacher, corpus) if self.ask_once and view is None else None
         return Distillation(teacher, self.epochs, self.t_start, self.t_end, self.t_squared, view, self.half_teacher, known)
 
@@ -307,7 +308,8 @@ def cleanse(self:BCU,
     "Reset and distil. Raises `BdnbError` for an empty pool, a network that cannot be routed, or a loss that is not finite."
     start = time.time()
     self.check(model)
-    corpus, held = hold_out(corpus, self.held_out if self.scale != 'auto' else self.held_out or .1, model.image_size, self.seed)
+    share = self.held_out if self.scale != 'auto' else self.held_out or .1
+    corpus, held = hold_out(corpus, share, model.image_size, self.seed, self.group)
     teacher = copy.deepcopy(model).requires_grad_(False).eval()
     scale, probes = self.scale, ()
     with put_back(model):
@@ -319,7 +321,7 @@ def cleanse(self:BCU,
         agrees = self.agreement(model, teacher, held) if held is not None else None
     return Recovered(model, history, time.time() - start, scale=scale, agreement=agrees, probes=probes)
 
-def hold_out(corpus, share, size:int, seed:int)->tuple: # (pictures to teach with, others to measure on or None), in memory
+def hold_out(corpus, share, size:int, seed:int, group:str=None)->tuple: # (to teach with, to measure on or None), in memory
     "The pool, decoded once and without its labels. `BdnbError` when it is empty or too small to hold anything out."
     if not len(corpus): raise BdnbError(f"{corpus.name}: the corpus is empty")
     corpus = as_arrays(corpus, size)._with(labels=None)
@@ -328,7 +330,7 @@ def hold_out(corpus, share, size:int, seed:int)->tuple: # (pictures to teach wit
     if round(share*len(corpus)) < 1 or round(share*len(corpus)) >= len(corpus):
         raise BdnbError(f"{corpus.name}: {len(corpus)} pictures are too few to hold out {share:.0%} of them; "
                         "give more, or a scale")
-    held, rest = corpus.split(share, seed)
+    held, rest = corpus.split(share, seed, group)
     return rest, held
 
 BCU.cleanse = cleanse

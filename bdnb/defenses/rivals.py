@@ -19,9 +19,9 @@ from ..data.batches import Batches
 from .bcu import route
 from .cleanclip import Cleansed
 from ..evaluate import accuracy, as_arrays
-from ..models.classifiers import Classifier, classifier_logits
+from ..models.classifiers import Classifier, check_order, classifier_logits
 from ..objectives.classify import CrossEntropyObjective, frozen
-from ..objectives.distill import crop_flip
+from ..objectives.distill import drawn_view
 from ..train import fit, put_back
 
 # %% ../../nbs/defenses/06_rivals.ipynb #399a5761
@@ -33,6 +33,7 @@ def labelled_pictures(model:Classifier, corpus, what:str): # an `ArrayCorpus` at
     C = len(model.classes)
     if corpus.classes and len(corpus.classes) != C or max(corpus.labels) >= C or min(corpus.labels) < 0:
         raise BdnbError(f"{corpus.name}: has {len(corpus.classes or set(corpus.labels))} classes, model {model.name!r} has {C}")
+    check_order(model, corpus)
     return as_arrays(corpus, model.image_size)
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class FineTuneClassifier:
     batch_size:int=256          # at most the number of pictures
     momentum:float=.9           # of SGD
     weight_decay:float=5e-4     # on matrices and kernels
-    crop_flip:bool=False        # shifted and mirrored views
+    crop_flip:object=False      # True: shifted and mirrored views; 'crop': shifted ones
     schedule:str='cosine'       # of the learning rate
     precision:str='no'          # 'bf16' or 'fp16' on a GPU
     seed:int=0                  # of the order and of everything else
 
-    def view(self): return crop_flip if self.crop_flip else None
+    def view(self): return drawn_view(self.crop_flip)
     def learn(self, model, corpus, objective, **options): # options go to `fit`
         "Train by this recipe: a `History`."
         size = min(self.batch_size, len(corpus))

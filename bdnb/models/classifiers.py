@@ -7,7 +7,7 @@ __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'ARCHITECTURES', 'SHORT', 'conv3', 'conv1'
            'PreActBlock', 'PreActResNet', 'WideResNet', 'VGG', 'ViTBlock', 'ViT', 'Classifier', 'class_names',
            'torchvision_names', 'list_classifiers', 'build_classifier_net', 'check_network', 'create_classifier',
            'save_classifier', 'classifier_header', 'load_classifier', 'classifier_logits', 'evaluate_classifier',
-           'class_number']
+           'check_order', 'class_number']
 
 # %% ../../nbs/models/10_classifiers.ipynb #2c3956cf
 import re
@@ -311,6 +311,7 @@ def evaluate_classifier(model:Classifier, corpus, # test pictures with labels
     labels, C = torch.as_tensor(corpus.labels), len(model.classes)
     if corpus.classes and len(corpus.classes) != C or int(labels.max()) >= C or int(labels.min()) < 0:
         raise BdnbError(f"{corpus.name}: has {len(corpus.classes or set(corpus.labels))} classes, model {model.name!r} has {C}")
+    check_order(model, corpus)
     if (trigger is None) != (target is None): raise BdnbError("an attack is measured with both a trigger and a target")
     clean = classifier_logits(model, corpus, None, batch, quiet)
     found = dict(ca=accuracy(clean, labels))
@@ -318,6 +319,13 @@ def evaluate_classifier(model:Classifier, corpus, # test pictures with labels
     goal = corpus.target_id(target) if corpus.classes else class_number(target, model.classes)
     found |= target_quality(clean, labels, goal)
     return found | attack_success(classifier_logits(model, corpus, trigger, batch, quiet), labels, goal, name=corpus.name)
+
+def check_order(model, corpus):
+    "`BdnbError` where a corpus knows the model's classes in another order, so that its numbers mean others."
+    theirs, ours = list(map(str, corpus.classes or ())), list(map(str, model.classes))
+    if theirs != ours and sorted(theirs) == sorted(ours):
+        at = next(i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b)
+        raise BdnbError(f"{corpus.name}: its class {at} is {theirs[at]!r}, the model's is {ours[at]!r}: give both in one order")
 
 def class_number(target, classes)->int:
     "The index of a class by its name."
