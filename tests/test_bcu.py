@@ -10,10 +10,10 @@ from bdnb.core import BdnbError
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.doors import open_corpus
 from bdnb.data.shapes import ShapeCaps
-from bdnb.defenses.bcu import (BCU, RATIOS, agreement, chance_agreement, largest_scale, plan_released, plan_reset, reset_weights,
-                               route, stage_totals)
+from bdnb.defenses.bcu import (BCU, RATIOS, agreement, chance_agreement, hold_out, largest_scale, plan_released, plan_reset,
+                               reset_weights, route, stage_totals)
 from bdnb.models.classifiers import Classifier, classifier_logits, create_classifier
-from bdnb.objectives.distill import Distillation, kd_loss, temperature
+from bdnb.objectives.distill import Distillation, kd_loss, temperature, drawn_view
 
 torch.set_num_threads(1)
 NETS = {'resnet18': 8, 'preactresnet18': 8, 'vgg11': 8, 'vgg16': 8, 'wrn16': 16, 'vit': 32}
@@ -241,8 +241,29 @@ def test_a_guess_of_the_commonest_name_is_worth_nothing(pool):
         def distil(self, model, *args, **options): model.scale = self.scale
         def agreement(self, model, *args): return .98 if model.scale == 0 else .95 if model.scale <= 4 else .9
         def chance(self, *args): return .9**2 + .1**2
-    scale, probes = Mostly(scale='auto').pick_scale(teacher, pool, pool)
+    scale, probes = Mostly(scale='auto', tolerance=.4).pick_scale(teacher, pool, pool)
     assert scale == 4 and probes[0] == (0., .98)
+
+
+def test_frames_of_a_track_are_on_one_side(pool):
+    tracks = pool._with(keys=[f'{i//4}_{i%4}' for i in range(len(pool))])
+    rest, held = hold_out(tracks, .2, 32, 0, '(.*)_')
+    assert held.labels is None and len(rest) + len(held) == len(pool)
+    assert not {k.split('_')[0] for k in held.keys} & {k.split('_')[0] for k in rest.keys}
+    with pytest.raises(BdnbError, match='does not match this key'): quick(scale='auto', group='x(.*)').cleanse(slim(), tracks, quiet=True)
+
+
+def test_stages_where_three_pixels_become_two():
+    found = {k: s for k, s, _ in plan_reset(create_classifier('resnet18', 12, width=4, image_size=12))}
+    assert found['layer4.1.conv2.weight'] == 'stage4' and found['layer3.0.conv1.weight'] == 'stage3'
+
+
+def test_shifts_without_mirrors(pool):
+    x = pool.images[:6]
+    a, b = (drawn_view(kind)(x, torch.Generator().manual_seed(3)) for kind in ('crop', True))
+    mirrored = ((a != b).flatten(1).any(1)).sum()
+    assert 0 < mirrored < 6 and drawn_view(False) is None
+    with pytest.raises(BdnbError, match="crop_flip='flip'"): quick(crop_flip='flip').cleanse(slim(), pool, quiet=True)
 
 
 def test_known_answers_and_asking_again_teach_the_same(pool):

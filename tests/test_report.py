@@ -18,6 +18,7 @@ from bdnb.attacks.triggers import make_trigger
 from bdnb.models.build import create_model
 from bdnb.report import (Html, compare, counts, curves, describe_metric, load_pictures, mean_over_seeds, metric_rows,
                          metrics_table, page, pictures_of, read_history, save_pictures, series_of, tag, tour_table, write_report)
+from bdnb.study import defence_table, summary
 
 evil = ['<script>alert(1)</script>', '"><img src=x onerror=alert(2)>', "' onmouseover='alert(3)", 
         '</style><script>alert(4)</script>', '<!-- ', ']]>', '&#60;script&#62;', 'javascript:alert(5)',
@@ -195,3 +196,14 @@ def test_full_page_is_well_formed(tmp_path):
     write_json(tmp_path/'config.json', {})
     assert Elements(write_report(tmp_path).read_text()).found and Elements(page('t', tag('p', 'x'))).text
     assert html.unescape(page('<t>')).count('<t>') == 1
+
+
+def test_other_pools_are_other_columns():
+    "One seed on two pools is not two seeds."
+    row = lambda system, asr, **pool: dict(data='d', attack='a', system=system, after=dict(ca=.5, asr=asr), **pool)
+    rows = [row('none', 1.), row('bcu', .02, pool='held out', pool_n=5000, pool_poisoned=0.),
+            row('bcu', .8, pool='held out', pool_n=100, pool_poisoned=.01)]
+    found = summary(rows)
+    assert [c['seeds'] for c in found] == [1, 1, 1] and [c['asr'] for c in found] == [1., .02, .8]
+    head = defence_table(rows).splitlines()[0]
+    assert '| no defence | BCU on held out, 5,000 | BCU on held out, 100, 1 % poisoned |' in head

@@ -12,7 +12,7 @@ from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.shapes import ShapeCaps
 from bdnb.defenses.rivals import (ANP, NAD, AdversarialMasks, FinePruning, FineTuneClassifier, MaskedChannels, attention_map,
                                   head_of, sleepy_channels, stage_ends)
-from bdnb.models.classifiers import create_classifier
+from bdnb.models.classifiers import create_classifier, evaluate_classifier
 
 torch.set_num_threads(1)
 QUICK = dict(batch_size=16, epochs=1)
@@ -59,6 +59,15 @@ def test_bad_input_leaves_the_model_alone(clean, name):
     after = state(model)
     assert all(torch.equal(after[k].nan_to_num(7), broken[k].nan_to_num(7)) for k in broken)
     assert before.keys() == after.keys()
+
+
+def test_classes_in_another_order_are_refused(clean):
+    "Their numbers would mean other names, and accuracy nothing."
+    model = create_classifier('resnet18', clean.classes, width=4)
+    turned = clean._with(classes=list(reversed(clean.classes)), labels=len(clean.classes) - 1 - clean.labels)
+    for use in (lambda c: FineTuneClassifier(**QUICK).cleanse(model, c, quiet=True), lambda c: evaluate_classifier(model, c)):
+        with pytest.raises(BdnbError, match='give both in one order'): use(turned)
+    assert evaluate_classifier(model, clean)['ca'] >= 0
 
 
 def test_pruned_channels_stay_pruned(clean):

@@ -273,6 +273,8 @@ def test_labels_without_names():
     (dict(name='low_frequency', coefficients=[1e300]*48), ['coefficients=', '1e6']),
     (dict(name='low_frequency', n=1), ['n=1']), (dict(name='ssba', strength=-1), ['strength=-1']),
     (dict(name='input_aware', width=5), ['width=5', 'multiple of 4']),
+    (dict(name='input_aware', rate=.5, rate_of='target_class'), ['rate_of', 'attacker trains']),
+    (dict(name='input_aware', pgd_steps=3), ['pgd_steps', 'attacker trains']), (dict(name='input_aware', rate=.6), ['rate=0.6']),
     (dict(name='badnets', target='  '), ['target'])])
 def test_bad_orders(order, words):
     with pytest.raises(BdnbError) as e: make_supervised_attack(**{'target': 'star', **order})
