@@ -234,7 +234,7 @@ def _made(self:ClassifierCase, system, folder)->bool:
     "Is there a row of these very settings? One of others is thrown away."
     if not (folder/'row.json').exists() or system in CONTROLS: return (folder/'row.json').exists()
     defense, plain = self.recipe.defense(system, seed=self.seed), lambda d: json.loads(json.dumps(asdict(d)))
-    then = plain(type(defense)()) | read_json(folder/'config.json')['settings']           # options that came later: their defaults
+    then = plain(type(defense)()) | read_json(folder/'config.json')['settings']     # options that came later: their defaults
     if then == plain(defense): return True
     shutil.rmtree(folder)
     return False
