@@ -226,13 +226,18 @@ def _versions(*names):
         except PackageNotFoundError: continue                            # an optional package that is not installed
     return found
 
+def _program()->str:
+    "What a person types to start this program: a command's name, or `python -m module`."
+    spec = getattr(sys.modules['__main__'], '__spec__', None)
+    return f'python -m {spec.name}' if spec and spec.name.startswith('bdnb.') else Path(sys.argv[0]).name
+
 def stamp(
     command:str=None, # the command that made the numbers; the running one by default
 )->dict:
     "The header of a results file: `command`, `commit`, `created` (UTC), `hardware`, `versions`."
     import torch
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(command=command or ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=_commit(),
+    return dict(command=command or ' '.join([_program(), *sys.argv[1:]]), commit=_commit(),
                 created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                 hardware=dict(cpu=_cpu_name(), cores=_cores(), gpu=gpu),
                 versions=_versions('bdnb', 'torch', 'torchvision', 'open_clip_torch', 'accelerate', 'triton', 'numpy', 'pillow'))

@@ -97,3 +97,14 @@ def test_wheel_says_what_it_needs(wheel):
     assert not any('==' in str(r.specifier) for r in needs.values()) and str(needs['triton'].marker) == 'sys_platform == "linux"'
     assert set(meta.get_all('Provides-Extra')) == {'dev', 'parquet', 'wordnet', 'tensorboard'}
     assert 'bdnb = bdnb.cli:main' in metadata(wheel, 'entry_points.txt')
+
+
+def test_a_stamp_names_what_a_person_types(tmp_path):
+    code = "import sys, runpy; sys.argv = ['x', '--help']; import bdnb.core as c; print(c.stamp()['command'])"
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == 'x --help'
+    (tmp_path/'bdnb_probe.py').write_text("import sys, types\nfrom bdnb.core import stamp\n"
+                                          "sys.modules['__main__'].__spec__ = types.SimpleNamespace(name='bdnb.classifier_study')\n"
+                                          "print(stamp()['command'])\n")
+    said = subprocess.run([sys.executable, str(tmp_path/'bdnb_probe.py'), '--seeds', '0'], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == 'python -m bdnb.classifier_study --seeds 0'
