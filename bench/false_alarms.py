@@ -2,8 +2,9 @@
 
     python bench/false_alarms.py [--out results/alarms-poisoncam.json] runs/ssl/clean-seed20 runs/ssl/clean-seed21 ...
 
-A folder is the clean reference of `bdnb tour --only poisoncam`; `study.json` beside it says how its pictures are made. For every
-pile: the verdict, the highest score, how many crops reach the score that counts as evidence, how many pictures would be removed.
+A folder is the clean reference of `bdnb tour --only poisoncam`; `study.json` beside it says how its pictures are made. Every pile is
+scanned twice: with the study's window, and with the sizes that `bdnb scan` tries. For each: the verdict, the highest score of any
+size, how many crops reach the score that counts as evidence, how many pictures would be removed.
 """
 import argparse
 import re
@@ -17,7 +18,10 @@ from bdnb.models.encoders import load_encoder
 from bdnb.ssl_study import make_detector, make_ssl_study, ssl_data
 
 
-def scanned(folder):
+SIZES = {'study': {}, 'bdnb scan': dict(window=(.27, .36))}
+
+
+def scanned(folder, sizes):
     "A row."
     recipe = read_json(folder.parent/'study.json')['recipe']
     detectors = recipe.pop('detectors')
@@ -26,11 +30,11 @@ def scanned(folder):
     seed = int(re.search(r'seed(\d+)$', folder.name)[1])
     pile = ssl_data('wallpapers', study, seed)[0]
     encoder = load_encoder(folder/'encoder.safetensors').eval()
-    found = make_detector('poisoncam', seed=seed, **detectors['poisoncam']).scan(pile, encoder, quiet=True)
+    found = make_detector('poisoncam', seed=seed, **detectors['poisoncam'] | SIZES[sizes]).scan(pile, encoder, quiet=True)
     scores = found.score[found.searched]
     reached = int((scores >= found.evidence['settings']['evidence']).sum())
     return dict(system='poisoncam', data='wallpapers', attack='none', seed=seed, alarm=found.verdict == FOUND,
-                highest=float(scores.max()), reached=reached, removed=float((~found.keep).float().mean()), examined=len(scores))
+                windows=[w for w, _ in found.evidence['windows']], highest=max(s for _, s in found.evidence['windows']), reached=reached, removed=float((~found.keep).float().mean()), examined=len(scores))
 
 
 def main():
@@ -39,7 +43,7 @@ def main():
     p.add_argument('--out', default='results/alarms-poisoncam.json')
     o = p.parse_args()
     limit_threads(1)
-    rows = [scanned(f) for f in o.folders]
+    rows = [scanned(f, sizes) for sizes in SIZES for f in o.folders]
     for r in rows: print(r)
     command = ' '.join(['python bench/false_alarms.py', *map(str, o.folders)])
     write_json(o.out, dict(study=Path(o.out).stem, **stamp(command), rows=rows))
