@@ -207,10 +207,15 @@ class ClassifierCase:
         note = read_json(self.folder/'victim.json')
         return load_classifier(self.folder/'victim.safetensors'), Trigger.from_json(note['trigger']), note
 
+    def defense(self, system, choice):
+        "The cure for this case; another corpus knows nothing of the study's groups."
+        other = dict(group=None) if choice.data and system in UNLABELLED else {}
+        return self.recipe.defense(system, seed=self.seed, **other)
+
     def cure(self, system, choice, folder):
         "(metrics after, what else there is to say) of one system on a copy of the victim."
         r, (model, trigger, _), (_, pool, test) = self.recipe, self.victim(), self.data()
-        defense = r.defense(system, seed=self.seed)
+        defense = self.defense(system, choice)
         pool = fill_pool(choice, pool, r.image_size, self.seed, trigger, r.target)
         got = defense.cleanse(model, pool, out=folder, checkpoint_every=500, quiet=self.quiet)
         (folder/'checkpoint.pt').unlink(missing_ok=True)
@@ -230,10 +235,10 @@ class ClassifierCase:
         return evaluate_classifier(model.eval(), test, self.victim()[1], r.target), dict(seconds=read_json(folder/'seconds.json'))
 
 # %% ../nbs/app/03_classifier_study.ipynb #c1a55e02
-def _made(self:ClassifierCase, system, folder)->bool:
+def _made(self:ClassifierCase, system, choice, folder)->bool:
     "Is there a row of these very settings? One of others is thrown away."
     if not (folder/'row.json').exists() or system in CONTROLS: return (folder/'row.json').exists()
-    defense, plain = self.recipe.defense(system, seed=self.seed), lambda d: json.loads(json.dumps(asdict(d)))
+    defense, plain = self.defense(system, choice), lambda d: json.loads(json.dumps(asdict(d)))
     then = plain(type(defense)()) | read_json(folder/'config.json')['settings']     # options that came later: their defaults
     if then == plain(defense): return True
     shutil.rmtree(folder)
@@ -244,7 +249,7 @@ def _row(self:ClassifierCase, system, choice=Pool()):
     tag = choice.tag()
     named = f'{system}@{tag}' if tag and system not in CONTROLS else system
     folder = self.folder if system == 'none' else self.folder/named
-    if not self.made(system, folder):
+    if not self.made(system, choice, folder):
         _, _, note = self.victim()
         if system == 'none': after, more = note['metrics'], dict(seconds=note['seconds'])
         else: after, more = self.clean() if system == 'clean' else self.cure(system, choice, folder)

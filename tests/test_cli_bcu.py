@@ -188,3 +188,11 @@ def test_tour_mistakes(run, tmp_path, line, words):
     assert code == 2 and err.count('\n') == 1 and err.startswith('bdnb: error: '), err
     for w in words: assert w in err, err
     assert not (tmp_path/'t').exists()
+
+
+def test_another_corpus_need_not_have_the_groups(tmp_path):
+    "Frames of a track stay together in the study's own pool; pictures from elsewhere have no tracks."
+    from bdnb.classifier_study import ClassifierCase, Pool, make_classifier_recipe
+    case = ClassifierCase(tmp_path, 'badnets', 0, make_classifier_recipe('gtsrb_slim'), None, True)
+    assert case.defense('bcu', Pool()).group == '(.*)_[0-9]+' and case.defense('bcu', Pool('folder:x')).group is None
+    assert case.defense('nad', Pool('folder:x')).epochs == 15
