@@ -164,12 +164,12 @@ def make_victim(name:str, # see `list_supervised_attacks`
     "A backdoored classifier by the recipe. An attacker who controls the training does it in his own way."
     r, start, options = recipe, time.time(), recipe.attacks.get(name, {})
     attack, corpus = make_supervised_attack(name, r.target, seed=seed, **options), labelled(train)
-    if r.optimizer == 'sgd' or attack.tag == 'training_control':
+    if attack.tag == 'training_control':
         return attack_classifier(name, corpus, r.target, seed=seed, arch=r.arch, width=r.width, epochs=r.epochs, lr=r.lr,
                                  batch_size=r.batch_size, augment=r.augment, precision=r.precision, **options)
-    surrogate = learn_swiftly(r, corpus, derive_seed('surrogate', seed), 'surrogate') if attack.needs_surrogate else None
+    surrogate = learn(r, corpus, derive_seed('surrogate', seed), 'surrogate') if attack.needs_surrogate else None
     poisoned = attack.apply(corpus, surrogate)
-    model = learn_swiftly(r, poisoned.corpus, seed, name)
+    model = learn(r, poisoned.corpus, seed, name)
     return Attacked(model, poisoned.plan.trigger, poisoned.keys, poisoned.shares, attack.tag, time.time() - start, attack)
 
 def learn(r:ClassifierRecipe, corpus, seed:int, what:str): # a `Classifier`, in evaluation mode

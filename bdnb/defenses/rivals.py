@@ -19,7 +19,7 @@ from ..data.batches import Batches
 from .bcu import route
 from .cleanclip import Cleansed
 from ..evaluate import accuracy, as_arrays
-from ..models.classifiers import Classifier, check_order, classifier_logits
+from ..models.classifiers import Classifier, check_labels, classifier_logits
 from ..objectives.classify import CrossEntropyObjective, frozen
 from ..objectives.distill import drawn_view
 from ..train import fit, put_back
@@ -30,10 +30,7 @@ def labelled_pictures(model:Classifier, corpus, what:str): # an `ArrayCorpus` at
     if not isinstance(model, Classifier): raise BdnbError(f"{what} cleanses a Classifier, not a {type(model).__name__}")
     if corpus.labels is None: raise BdnbError(f"{corpus.name}: {what} needs labels, and it has none; BCU does without")
     if not len(corpus): raise BdnbError(f"{corpus.name}: the corpus is empty")
-    C = len(model.classes)
-    if corpus.classes and len(corpus.classes) != C or max(corpus.labels) >= C or min(corpus.labels) < 0:
-        raise BdnbError(f"{corpus.name}: has {len(corpus.classes or set(corpus.labels))} classes, model {model.name!r} has {C}")
-    check_order(model, corpus)
+    check_labels(model, corpus)
     return as_arrays(corpus, model.image_size)
 
 @dataclass(frozen=True)

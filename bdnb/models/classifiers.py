@@ -7,7 +7,7 @@ __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'ARCHITECTURES', 'SHORT', 'conv3', 'conv1'
            'PreActBlock', 'PreActResNet', 'WideResNet', 'VGG', 'ViTBlock', 'ViT', 'Classifier', 'class_names',
            'torchvision_names', 'list_classifiers', 'build_classifier_net', 'check_network', 'create_classifier',
            'save_classifier', 'classifier_header', 'load_classifier', 'classifier_logits', 'evaluate_classifier',
-           'check_order', 'class_number']
+           'check_labels', 'class_number']
 
 # %% ../../nbs/models/10_classifiers.ipynb #2c3956cf
 import re
@@ -308,10 +308,8 @@ def evaluate_classifier(model:Classifier, corpus, # test pictures with labels
     "Clean accuracy, and attack success over non-target images. `BdnbError` for labels or a target the model does not know."
     corpus = as_arrays(corpus, model.image_size, quiet)
     if corpus.labels is None: raise BdnbError(f"{corpus.name}: accuracy needs labels, and it has none")
-    labels, C = torch.as_tensor(corpus.labels), len(model.classes)
-    if corpus.classes and len(corpus.classes) != C or int(labels.max()) >= C or int(labels.min()) < 0:
-        raise BdnbError(f"{corpus.name}: has {len(corpus.classes or set(corpus.labels))} classes, model {model.name!r} has {C}")
-    check_order(model, corpus)
+    check_labels(model, corpus)
+    labels = torch.as_tensor(corpus.labels)
     if (trigger is None) != (target is None): raise BdnbError("an attack is measured with both a trigger and a target")
     clean = classifier_logits(model, corpus, None, batch, quiet)
     found = dict(ca=accuracy(clean, labels))
@@ -320,8 +318,11 @@ def evaluate_classifier(model:Classifier, corpus, # test pictures with labels
     found |= target_quality(clean, labels, goal)
     return found | attack_success(classifier_logits(model, corpus, trigger, batch, quiet), labels, goal, name=corpus.name)
 
-def check_order(model, corpus):
-    "`BdnbError` where a corpus knows the model's classes in another order, so that its numbers mean others."
+def check_labels(model:Classifier, corpus): # with labels
+    "`BdnbError` for labels that the model does not have, or for its classes in another order, so that numbers mean others."
+    C = len(model.classes)
+    if corpus.classes and len(corpus.classes) != C or max(corpus.labels) >= C or min(corpus.labels) < 0:
+        raise BdnbError(f"{corpus.name}: has {len(corpus.classes or set(corpus.labels))} classes, model {model.name!r} has {C}")
     theirs, ours = list(map(str, corpus.classes or ())), list(map(str, model.classes))
     if theirs != ours and sorted(theirs) == sorted(ours):
         at = next(i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b)
