@@ -739,8 +739,8 @@ def _show_tour(rows):
 def _ssl_tour(o):
     "The tour of a self-supervised victim: see `bdnb.ssl_study`."
     from bdnb.ssl_study import SSL_METHODS, make_ssl_study, ssl_tour
-    given = dict(target=o['target'], rate=o['rate'], n=o['n'], test_n=o['test_n'], epochs=o['epochs'], batch_size=o['batch_size'],
-                 image_size=o['size'])
+    given = dict(target=o['target'], rate=o['rate'], n=o['n'], test_n=o['test_n'], epochs=o['epochs'], again=o['again'],
+                 batch_size=o['batch_size'], image_size=o['size'])
     name = 'wallpapers' if o['recipe'] == 'shapes' or o['recipe'] in SSL_METHODS else o['recipe']
     given['method'] = o['recipe'] if o['recipe'] in SSL_METHODS else None
     study = make_ssl_study(name, **{k: v for k, v in given.items() if v is not None})
@@ -798,11 +798,14 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
          n:_option(int, '--n', min=1, help='Shapes: training pictures.')=None,
          test_n:_option(int, '--test-n', min=1, help='Shapes: test pictures.')=None,
          clean_n:_option(int, '--clean-n', min=1, help='Clean samples that the cures get.')=None,
-         epochs:_O.epochs=None, batch_size:_O.batch_size=None, precision:_O.precision=None, quiet:_O.quiet=False):
+         epochs:_O.epochs=None,
+         again:_option(float, '--again', min=0, help='Self-supervised victims: epochs of the trainings after the scan.')=None,
+         batch_size:_O.batch_size=None, precision:_O.precision=None, quiet:_O.quiet=False):
     "Attack by defence: poison, train, measure, cleanse and measure again, for every attack, system and seed."
     options = dict(locals())
     from bdnb.ssl_study import ERASE, detectors
     if _names(only) and {s.removesuffix(ERASE) for s in _names(only)} <= {'victims', *detectors()}: return _ssl_tour(options)
+    if again is not None: raise BdnbError('--again is for self-supervised victims: give it with --only poisoncam')
     if 'bcu' in _names(only): return _bcu_tour(options)
     from bdnb.study import DEFENSES, make_recipe, tour as run_tour
     check_learning(None, precision)
