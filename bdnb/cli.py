@@ -505,6 +505,15 @@ def _bcu_options(o):
         except ValueError: raise BdnbError(f"--scale {o['scale']!r}: needs a number, or auto") from None
     return given
 
+def _channels(option, text):
+    "Three numbers with commas between, or None."
+    if text is None: return None
+    try: found = [float(w) for w in _names(text)]
+    except ValueError: found = []
+    if len(found) != 3 or not all(math.isfinite(v) for v in found) or option == '--std' and min(found) <= 0:
+        raise BdnbError(f'{option} {text!r}: needs three numbers with commas between, of pictures in 0..1')
+    return found
+
 def _class_list(text):
     "Names, or their number."
     return None if text is None else int(text) if text.isdigit() else _names(text)
@@ -528,26 +537,30 @@ def _cure_unlabelled(run, net, defense, pool, held, stamp, goal, quiet, **option
     if held is not None:
         result['after'], result['counts'] = _judge(net.eval(), held, stamp, goal, quiet)
         show_metrics(f'BCU on {held.name}', dict(before=result['before'], after=result['after']), result['counts'], goal)
-    steps = [(f'probe of {s:g}', f'{a:.1%}') for s, a in done.probes]
-    show(how, ('scale of the reset', 'agreement with the old model'), [*steps, (f'{done.scale:g}', f'{done.agreement:.1%}')],
+    say = lambda a: 'not measured' if a is None else f'{a:.1%}'
+    steps = [*[(f'probe of {s:g}', say(a)) for s, a in done.probes], (f'{done.scale:g}', say(done.agreement))]
+    show(how, ('scale of the reset', 'agreement with the old model'), steps,
          right=('agreement with the old model',))
     about = dict(cleansed_by=repr(defense), cleansed_on=pool.name, scale=done.scale, agreement=done.agreement)
     finish(run, result, net, shots(held, stamp, net.image_size), pool.skipped, **about)
 
 def _unlabelled(o):
     "`bdnb cleanse --method bcu`: a classifier, an encoder or a CLIP, and pictures that nobody named."
+    from dataclasses import replace
     from bdnb.defenses.bcu_encoders import bcu_for, load_any
     from bdnb.models.encoders import Encoder
     check_learning(o['schedule'], o['precision'])
     options, quiet, out = _bcu_options(o), o['quiet'] or bool(_rank()), o['out']
     check_out(out, o['resume'])
     stamp, goal = aim(o['trigger'], o['target'], o['plan'])
-    given = dict(name=o['model'], classes=_class_list(o['classes']), width=o['width'], image_size=o['size'])
+    given = dict(name=o['model'], classes=_class_list(o['classes']), width=o['width'], image_size=o['size'],
+                 mean=_channels('--mean', o['mean']), std=_channels('--std', o['std']))
     net = load_any(o['checkpoint'], **given).to(pick_device(o['device']))
     if o['test'] is not None and isinstance(net, Encoder): raise BdnbError('--test: an encoder names nothing to measure')
     defense, spec = bcu_for(net, **options), o['images']
     defense.check(net)
     pool = open_at(spec if ':' in spec else f'folder:{spec}', net.image_size)
+    if defense.scale != 'auto' and len(pool) < 10: defense = replace(defense, held_out=0)          # nothing to spare
     held = open_at(o['test'], net.image_size)
     check_target(held, goal)
     config = describe_run('cleanse', f"bcu on {Path(o['checkpoint']).name}", {**o, **vars(defense)}, pool)
@@ -569,14 +582,17 @@ def cleanse(checkpoint:_O.checkpoint, data:_option(str, '--data', help='Clean pi
             scale:_option(str, '--scale', help='Method bcu: size of the reset, a number or auto.')=None,
             classes:_option(str, '--classes', help='Method bcu: names or number, where the file does not say them.')=None,
             width:_option(int, '--width', min=1, help='And the width of the network.')=None, size:_O.size=None,
+            mean:_option(str, '--mean', help='And the mean of its pictures in 0..1: .485,.456,.406')=None,
+            std:_option(str, '--std', help='And their standard deviation.')=None,
             precision:_O.precision='no', seed:_O.seed=0, workers:_O.workers=0, model:_O.architecture=None, test:_O.test=None,
             trigger:_O.trigger=None, target:_O.target=None, plan:_O.plan=None, probe:_O.probe=None,
             checkpoint_every:_O.checkpoint_every=500, resume:_O.resume=True, device:_O.device=None, quiet:_O.quiet=False):
     "Cleanse a model with clean pairs, or with bare pictures; with --test, --trigger and --target, measure before and after."
     options = dict(locals())
+    check_choice('--method', method, ['cleanclip', 'finetune', 'bcu'])
     if method == 'bcu': return _unlabelled(options)
     if data is None: raise BdnbError(f'--data: method {method!r} needs clean pictures with captions; or --method bcu --images')
-    for k in ('images', 'scale', 'classes', 'width', 'size'):
+    for k in ('images', 'scale', 'classes', 'width', 'size', 'mean', 'std'):
         if options[k] is not None: raise BdnbError(f'--{k}: only for --method bcu')
     from bdnb.models.checkpoint import load_checkpoint
     check_learning(schedule, precision)
@@ -680,6 +696,8 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
     pile = open_corpus(corpus)
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not any((out/n).exists() for n in ('stages', 'encoder'))):
         raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
+    then = read_json(out/'scan.json').get('corpus') if (out/'scan.json').exists() else None
+    if then not in (None, corpus): raise BdnbError(f'{out}: holds the scan of {then}; choose another folder as --out')
     team, quiet = _team(device), quiet or bool(_rank())
     pictures = lru_cache(lambda size: shared_pictures(pile, size, team, quiet))
     with tidy(out):
@@ -694,10 +712,11 @@ def _show_scan(found, out):
     "Print what a scan found, and where."
     e = found.evidence
     told(e['skipped'])
+    if 'warning' in e: print(f"bdnb: {e['warning']}", file=sys.stderr)
     show(found.verdict, ('', ''), [('pictures', f'{len(found.keys):,}'), ('examined', f'{int(found.searched.sum()):,}'),
                                    ('to leave out', f'{int((~found.keep).sum()):,}'), ('skipped', f"{len(e['skipped']):,}"),
                                    ('forward passes', f"{sum(e['forwards'].values()):,}")], right=('',))
-    if e.get('clean'): print(f"what was kept: {plain(e['clean'])}")
+    if e.get('clean'): print(f"what was kept: {shlex.quote(plain(e['clean']))}")
     print(f"report: {out/'report.html'}")
 
 # %% ../nbs/app/02_cli.ipynb #0b7e6dc8
@@ -746,11 +765,15 @@ def _ssl_tour(o):
     study = make_ssl_study(name, **{k: v for k, v in given.items() if v is not None})
     attacks = _attacks(o['attacks']) if o['attacks'] != 'badnet' else ['patch:pattern=10']
     systems = [s for s in _names(o['only']) if s != 'victims']
+    numbers = _whole_numbers('--seeds', o['seeds'])
+    if not attacks or not numbers: raise BdnbError('--attacks and --seeds: name at least one')
+    for k in ('clean', 'clean_n', 'model', 'precision'):
+        if o[k] is not None: raise BdnbError(f"--{k.replace('_', '-')}: self-supervised victims have no such option")
     data, out = 'wallpapers' if o['data'] == 'shapes' else o['data'], o['out']
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):
         raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
-    with tidy(out): rows = ssl_tour(out, data, o['test'], None, attacks, systems, _whole_numbers('--seeds', o['seeds']),
-                                    o['results'], study, None if name == 'wallpapers' else name, quiet=o['quiet'])
+    with tidy(out): rows = ssl_tour(out, data, o['test'], None, attacks, systems, numbers, o['results'],
+                                    study, None if name == 'wallpapers' else name, quiet=o['quiet'])
     write_json(out/'config.json', describe_run('tour', f"{', '.join(attacks)} against {', '.join(systems) or 'nobody'}", o))
     _show_tour(rows)
     keys = [k for k in ('localisation', 'precision@20', 'recall', 'precision') if any(k in r['after'] for r in rows)]
@@ -773,7 +796,6 @@ def _bcu_tour(o):
     name = None if o['recipe'] == 'shapes' else o['recipe']                      # what the rows call the data
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):
         raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
-    name = None if o['recipe'] == 'shapes' else o['recipe']
     with tidy(out):
         rows = classifier_tour(out, o['data'], o['test'], wanted, systems, _whole_numbers('--seeds', o['seeds']),
                                [Pool(o['clean'])], o['results'], study, name, o['quiet'])
@@ -787,11 +809,11 @@ def _bcu_tour(o):
 @app.command()
 def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and report; finished rows are kept.')=Path('runs/tour'),
          data:_option(str, '--data', help='shapes, or a corpus.')='shapes', test:_O.test=None,
-         recipe:_option(str, '--recipe', help='Settings to start from: shapes, cifar10, flickr8k, ...')='shapes',
+         recipe:_option(str, '--recipe', help='Settings to start from; a wrong name lists them.')='shapes',
          clean:_option(str, '--clean', help='Clean corpus for the cures; by default held out of --data.')=None,
          attacks:_option(str, '--attacks', help='Names with commas between, or all.')='badnet',
          defenses:_option(str, '--defenses', help='Names with commas between.')='finetune,cleanclip',
-         only:_option(str, '--only', help='Only these systems; victims: a self-supervised victim without any.')=None,
+         only:_option(str, '--only', help='Only these: finetune, cleanclip; bcu; poisoncam, patchsearch, victims.')=None,
          seeds:_option(str, '--seeds', help='With commas between.')='0',
          results:_option(Path, '--results', help='Write the rows to this JSON file.')=None, target:_O.target=None,
          rate:_option(float, '--rate', help='Poisoned share.')=None, model:_O.model=None, size:_O.size=None,
@@ -813,7 +835,10 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
     given['image_size'] = size
     study = make_recipe(recipe, **{k: v for k, v in given.items() if v is not None})
     systems, wanted, numbers = _names(only or defenses), _attacks(attacks), _whole_numbers('--seeds', seeds)
-    for s in systems: check_choice('--only' if only else '--defenses', s, list(DEFENSES))
+    others = ('bcu', 'victims', *detectors()) if only else ()
+    for s in systems: check_choice('--only' if only else '--defenses', s, [*DEFENSES, *others])
+    own = [s for s in systems if s not in DEFENSES]
+    if own: raise BdnbError(f'--only: {own[0]} has victims of its own; run it alone')
     if not wanted or not numbers: raise BdnbError('--attacks and --seeds: name at least one')
     if data != 'shapes' and not test: raise BdnbError('--data needs --test: a corpus to measure on')
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):

@@ -7,7 +7,7 @@ __all__ = ['BdnbError', 'did_you_mean', 'check_names', 'derive_seed', 'rng', 'ha
            'write_json', 'read_json', 'stamp', 'limit_threads', 'track']
 
 # %% ../nbs/00_core.ipynb #163efd15
-import difflib, errno, hashlib, json, os, platform, shutil, subprocess, sys, time
+import difflib, errno, hashlib, json, os, platform, shlex, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -237,7 +237,7 @@ def stamp(
     "The header of a results file: `command`, `commit`, `created` (UTC), `hardware`, `versions`."
     import torch
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(command=command or ' '.join([_program(), *sys.argv[1:]]), commit=_commit(),
+    return dict(command=command or shlex.join([*_program().split(), *sys.argv[1:]]), commit=_commit(),
                 created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                 hardware=dict(cpu=_cpu_name(), cores=_cores(), gpu=gpu),
                 versions=_versions('bdnb', 'torch', 'torchvision', 'open_clip_torch', 'accelerate', 'triton', 'numpy', 'pillow'))

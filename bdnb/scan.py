@@ -22,7 +22,8 @@ from .report import Html, page, png, tag
 def cell(value)->str:
     "A cell that a spreadsheet will not run: text that begins like a formula gets a quote before it."
     text = '' if value is None else f'{value:.6g}' if isinstance(value, float) else str(value)
-    return "'" + text if text[:1] in '=+@\t\r' or text[:1] == '-' and not isinstance(value, (int, float)) else text
+    risky = text and (text[0] in '=+@\t\r' or text[0] == '-' and not isinstance(value, (int, float)))
+    return "'" + text if risky else text
 
 def write_findings(found:Findings, out):
     "findings.csv, findings.parquet (where pyarrow is installed), kept.txt, removed.txt; each whole or not at all."
@@ -110,6 +111,7 @@ def scan_page(found:Findings, pictures, name:str, command:str, clean:str=None)->
     rows = lambda d: tag('dl', [[tag('dt', tag('bdi', str(k))), tag('dd', tag('bdi', str(v)))] for k, v in d.items()])
     return page(f'{found.verdict}: {name}',
         tag('header', tag('p', 'bdnb scan', cls='dim'), tag('h1', found.verdict), tag('p', words),
+            tag('p', tag('b', e['warning'])) if 'warning' in e else Html(''),
             tag('div', [card(k, v) for k, v in facts.items()], cls='cards')),
         tag('section', tag('h2', 'Highest scores'), tag('div', shots, cls='shots')),
         tag('section', tag('h2', 'Scores'), histogram(found.score)),
@@ -150,7 +152,7 @@ def _write_scan(found, pictures, corpus, out, command, line):
     write_findings(found, out)
     found.evidence['clean'] = clean = write_clean(found, out, corpus, line)
     plain = {k: v for k, v in found.evidence.items() if not torch.is_tensor(v)}
-    write_json(out/'scan.json', dict(verdict=found.verdict, removed=int((~found.keep).sum()), **plain,
+    write_json(out/'scan.json', dict(verdict=found.verdict, removed=int((~found.keep).sum()), corpus=line, **plain,
                                      stamp=stamp(command or None)))
     text = scan_page(found, pictures, corpus.name, command, clean)
     with atomic_write(out/'report.html') as tmp: tmp.write_text(text, encoding='utf-8', errors='backslashreplace')

@@ -9,7 +9,7 @@ __all__ = ['LAYERS', 'RATIOS', 'RELEASED', 'called_layers', 'stage_numbers', 'ro
            'hold_out']
 
 # %% ../../nbs/defenses/04_bcu.ipynb #cb07b7a8
-import copy, time
+import copy, time, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 import torch
@@ -290,7 +290,11 @@ def pick_scale(self:BCU, model, corpus, held, **options)->tuple: # (scale, probe
         probe.distil(student, model, corpus, **options | dict(what=f'probe of scale {scale:g}'))
         return self.agreement(student, model, held)
     alone, chance = agrees(0.), self.chance(model, held)
-    need = alone - self.tolerance*max(0., alone - chance)
+    if alone <= chance:
+        warnings.warn(f'distillation alone agrees with the model on {alone:.0%} of {len(held)} held-out pictures, a guess on '
+                      f'{chance:.0%}: nothing can be measured, and the smallest scale is taken. Give more pictures or epochs.')
+        return self.grid[0], ((0., alone),)
+    need = alone - self.tolerance*(alone - chance)
     scale, probed = largest_scale(agrees, list(self.grid), need)
     return scale, ((0., alone), *probed)
 
@@ -325,11 +329,12 @@ def hold_out(corpus, share, size:int, seed:int, group:str=None)->tuple: # (to te
     "The pool, decoded once and without its labels. `BdnbError` when it is empty or too small to hold anything out."
     if not len(corpus): raise BdnbError(f"{corpus.name}: the corpus is empty")
     corpus = as_arrays(corpus, size)._with(labels=None)
+    if not share and len(corpus) < 2: raise BdnbError(f'{corpus.name}: one picture is too few to learn from; give more')
     if not share: return corpus, None
     if not 0 < share < 1: raise BdnbError(f"held_out={share}: give a share of the pool between 0 and 1")
     if round(share*len(corpus)) < 1 or round(share*len(corpus)) >= len(corpus):
         raise BdnbError(f"{corpus.name}: {len(corpus)} pictures are too few to hold out {share:.0%} of them; "
-                        "give more, or a scale")
+                        "give more, or a scale and held_out=0")
     held, rest = corpus.split(share, seed, group)
     return rest, held
 

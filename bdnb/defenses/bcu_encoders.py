@@ -70,12 +70,14 @@ class EncoderBCU(BCU):
 QUICK = dict(scale='auto', epochs=20, batch_size=64, optimizer='adamw', lr=2e-3, weight_decay=.05, warmup=.05)
 
 def load_any(path, **given): # a `Classifier`, an `Encoder` or a `ClipModel`, in evaluation mode
-    "Whatever model a checkpoint holds; `given` (name, classes, width, image_size) is for files that do not say it."
+    "Whatever model a checkpoint holds; `given` (name, classes, width, image_size, mean, std) is for files that do not say it."
     kind, name = read_tensors(path)[1].get('kind'), given.get('name')
     named = kind is None and name is not None and SHORT.get(name, name) in list_classifiers()
     if kind == 'classifier' or named or given.get('classes') is not None: return load_classifier(path, **given)
     if kind == 'encoder': return load_encoder(path, **{k: v for k, v in given.items() if k != 'classes'}).eval()
-    return load_checkpoint(path, name).eval()
+    try: return load_checkpoint(path, name).eval()
+    except BdnbError as e:
+        raise BdnbError(f'{e}. For a classifier, say its network and classes: --model torchvision/resnet18 --classes 10') from e
 
 def save_any(model, path, **meta):
     "The counterpart of `load_any`."
@@ -93,7 +95,7 @@ def cleanse_checkpoint(path, # of a classifier, an encoder or a CLIP
                        out, # the cleansed model, .safetensors
                        quiet:bool=False, # no progress bar
                        device:str=None, # 'cpu' to stay off an accelerator
-                       given:dict=None, # name, classes, width, image_size: for files that do not say them
+                       given:dict=None, # name, classes, width, image_size, mean, std: for files that do not say them
                        **options, # of `BCU` or `EncoderBCU`
                       )->Recovered:
     "Load, cleanse on unlabelled pictures, save. `BdnbError` names the file, folder or option that is at fault."
