@@ -24,7 +24,7 @@ from torch import nn
 
 import bdnb.defenses.findings as findings
 from bdnb.cli import main
-from bdnb.core import BdnbError, rng
+from bdnb.core import BdnbError, read_json, rng
 from bdnb.data.corpus import ArrayCorpus, Corpus, CsvCorpus, FolderCorpus
 from bdnb.data.doors import open_corpus, read_keys, write_spec
 from bdnb.data.images import BadImage
@@ -33,7 +33,7 @@ from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Findings, Scan, Team, loa
 from bdnb.defenses.poisoncam import PoisonCAM, Search
 from bdnb.defenses.poisonfilter import FilterEnsemble, FilterRecipe
 from bdnb.models.encoders import Encoder, create_encoder, save_encoder
-from bdnb.scan import scan_corpus
+from bdnb.scan import cell, scan_corpus
 
 torch.set_num_threads(1)
 fork = get_context('forkserver') if sys.platform != 'win32' else None
@@ -548,3 +548,31 @@ def test_parquet_says_the_same(tmp_path):
     parquet = pytest.importorskip('pyarrow.parquet')
     found = scan_corpus(ArrayCorpus(torch.stack([*pictures()])), red(), tmp_path/'scan', Every(), quiet=True)
     assert parquet.read_table(tmp_path/'scan'/'findings.parquet').to_pylist() == found.rows() and len(found.rows()) == 60
+
+
+def test_empty_cells_are_empty():
+    "A picture that was not examined has no number, and nothing that stands for one."
+    assert [cell(v) for v in (None, '', -1., '-1', '=1', 'a', True)] == ['', '', '-1', "'-1", "'=1", 'a', 'True']
+
+
+def test_few_pictures_are_called_few(tmp_path):
+    found = scan_corpus(ArrayCorpus(torch.stack([*pictures()])), red(), tmp_path/'scan', how, quiet=True)
+    assert found.verdict == FOUND and '60 pictures are few' in found.evidence['warning'] and found.keep.any()
+    assert '60 pictures are few' in Page((tmp_path/'scan'/'report.html').read_text(encoding='utf-8')).text
+    assert '60 pictures are few' in read_json(tmp_path/'scan'/'scan.json')['warning']
+
+
+def test_a_filter_that_spares_nobody_is_no_finding(monkeypatch):
+    "It has learned nothing; to leave out every picture helps nobody."
+    monkeypatch.setattr(Search, 'classify', lambda self, *args: dict(probability=torch.ones(self.n)))
+    found = how.scan(ArrayCorpus(torch.stack([*pictures()])), red(), quiet=True)
+    assert found.verdict == NO_EVIDENCE and found.keep.all()
+
+
+def test_a_scan_of_other_pictures_is_not_written_over(tmp_path, tiny):
+    one, other = (fill(tmp_path/name, 12, 0, broken=False) for name in ('one', 'other'))
+    line = ['--encoder', tiny, '--out', tmp_path/'scan', '--clusters', 2, '-q']
+    assert run('scan', f'folder:{one}', *line)[0] == 0 == run('scan', f'folder:{one}', *line)[0]
+    before = (tmp_path/'scan'/'findings.csv').read_bytes()
+    code, _, err = run('scan', f'folder:{other}', *line)
+    assert code == 2 and 'holds the scan of' in err and (tmp_path/'scan'/'findings.csv').read_bytes() == before, err

@@ -329,7 +329,6 @@ def hold_out(corpus, share, size:int, seed:int, group:str=None)->tuple: # (to te
     "The pool, decoded once and without its labels. `BdnbError` when it is empty or too small to hold anything out."
     if not len(corpus): raise BdnbError(f"{corpus.name}: the corpus is empty")
     corpus = as_arrays(corpus, size)._with(labels=None)
-    if not share and len(corpus) < 2: raise BdnbError(f'{corpus.name}: one picture is too few to learn from; give more')
     if not share: return corpus, None
     if not 0 < share < 1: raise BdnbError(f"held_out={share}: give a share of the pool between 0 and 1")
     if round(share*len(corpus)) < 1 or round(share*len(corpus)) >= len(corpus):

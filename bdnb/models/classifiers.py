@@ -297,14 +297,15 @@ def load_classifier(path, # .safetensors of `save_classifier`, or a plain state 
     f = classifier_header(path, header, given)
     f['name'], f['classes'] = SHORT.get(f['name'], f['name']), class_names(f['classes'])
     f = usual_pictures(f['name']) | f
-    if silent := [k for k in usual_pictures(f['name']) if k not in header and given[k] is None]:
-        says = ', '.join(f"{k.replace('_', ' ')} {f[k]}" for k in silent)
-        warnings.warn(f'{path}: does not say which pictures it reads; taken: {says}', stacklevel=2)
     try: need = check_network(f['name'], len(f['classes']), f.get('width'), f['image_size'])
     except BdnbError as e: raise BdnbError(f"{path}: {e}") from e
     have = sum(v.numel() for v in tensors.values())
     if need > 2*have: raise BdnbError(f"{path}: {have:,} numbers, but {f['name']!r} has {need:,}; name the right model and width")
-    return load_weights(create_classifier(**f), tensors, path).eval()
+    model = load_weights(create_classifier(**f), tensors, path).eval()
+    if silent := [k for k in usual_pictures(f['name']) if k not in header and given[k] is None]:
+        says = ', '.join(f"{k.replace('_', ' ')} {f[k]}" for k in silent)
+        warnings.warn(f'{path}: does not say which pictures it reads; taken: {says}', stacklevel=2)
+    return model
 
 # %% ../../nbs/models/10_classifiers.ipynb #14254da9
 def classifier_logits(model:Classifier, corpus, # N images
