@@ -219,6 +219,7 @@ def summary(rows, # of `tour`, or of a results file
 
 # %% ../nbs/app/00_study.ipynb #ef7bc1ac
 NAMES = {'none': 'no defence', 'finetune': 'fine-tuning', 'cleanclip': 'CleanCLIP', 'clean': 'never poisoned',
+         'clean+again': 'never poisoned, longer', 'none+again': 'no defence, longer',
          'poisoncam': 'PoisonCAM', 'poisoncam+erase': 'PoisonCAM, erased', 'patchsearch': 'PatchSearch',
          'kd_only': 'distillation alone', 'bcu': 'BCU', 'bcu_published': 'BCU, published shares',
          'bcu_released': 'BCU, released routing', 'fine_pruning': 'fine-pruning', 'nad': 'NAD', 'anp': 'ANP'}

@@ -399,7 +399,8 @@ def _column(path, header, what, wanted, needed):
     for usual in _COLUMNS[what]:
         if usual in low: return low.index(usual)
     if needed: raise BdnbError(f"{path}: no {what} column: the header must name one of {', '.join(_COLUMNS[what])}; "
-                               f"columns found: {', '.join(h[:40] for h in header[:20])}")
+                               f"columns found: {', '.join(h[:40] for h in header[:20])}"
+                               + ('. A label column would do as well' if what == 'caption' else ''))
 
 # %% ../../nbs/data/01_corpus.ipynb #12dca3ea
 class CsvCorpus(Corpus):
