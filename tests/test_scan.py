@@ -576,3 +576,10 @@ def test_a_scan_of_other_pictures_is_not_written_over(tmp_path, tiny):
     before = (tmp_path/'scan'/'findings.csv').read_bytes()
     code, _, err = run('scan', f'folder:{other}', *line)
     assert code == 2 and 'holds the scan of' in err and (tmp_path/'scan'/'findings.csv').read_bytes() == before, err
+
+
+@pytest.mark.parametrize('n, k', [(8, 2), (24, 3), (80, 10), (900, 10), (2000, 20)])
+def test_small_piles_have_clusters_too(n, k):
+    "With two clusters any odd crop moves the pictures between them."
+    pile = ArrayCorpus(torch.zeros(n, 3, 32, 32, dtype=torch.uint8))
+    assert Search(PoisonCAM(), pile, red(), Scan(None, quiet=True), torch.device('cpu')).k == k

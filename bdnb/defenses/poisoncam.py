@@ -124,7 +124,7 @@ def window_shares(window)->tuple:
 @dataclass(frozen=True)
 class PoisonCAM:
     "Cluster activation masking (arXiv 2312.07955). Numbers that the paper does not let us know are marked (ours)."
-    clusters:int=None           # None: one for 100 pictures, between 2 and 1000 (ours; PatchSearch: 1000 for ImageNet-100)
+    clusters:int=None           # None: one for 100 pictures, but ten from 80 on; at most 1000 (ours; PatchSearch: 1000)
     window:object=.27           # side of the window, as a share of the picture's (PatchSearch: 60 of 224); or several, see below
     stride:float=.5             # between masks, as a share of the window (ours)
     masks:str='full'            # one of `MASKS`
@@ -187,7 +187,7 @@ class Search:
     def __init__(self, how:PoisonCAM, pictures, encoder, stages, device):
         self.how, self.pictures, self.encoder, self.stages, self.device = how, pictures, encoder, stages, device
         self.n, self.floor = len(pictures), -math.inf
-        self.k = min(self.n, how.clusters or max(2, min(1000, self.n//100)))
+        self.k = min(self.n, how.clusters or max(2, min(10, self.n//8), min(1000, self.n//100)))
         self.look_through(window_shares(how.window)[0])
 
     def look_through(self, share):
