@@ -390,6 +390,15 @@ def _foresee(self:Search, rows):
 
 Search.run, Search.dig, Search.plan, Search.foresee = _run_search, _dig, _plan, _foresee
 
+# %% ../../nbs/defenses/03_poisoncam.ipynb #aba09fba
+FEW = 500     # pictures; on piles of fewer, clean ones too have raised alarms
+
+def warn(found)->str:
+    "What a reader must know before he trusts the verdict, or nothing."
+    if found.verdict != FOUND or len(found.keys) >= FEW: return ''
+    return (f'{len(found.keys):,} pictures are few: on fewer than {FEW}, clean pictures raise alarms too. '
+            'Look at the crops before you leave anything out.')
+
 # %% ../../nbs/defenses/03_poisoncam.ipynb #2e2f8e1e
 def _look(self:Search)->tuple: # (score [N], window [N, 4], do enough pictures show it?, [(share, best score)])
     "Search with one size of window after the other, until pictures show a trigger; else what the best of them saw."
@@ -406,14 +415,6 @@ def _look(self:Search)->tuple: # (score [N], window [N, 4], do enough pictures s
     self.look_through(share)
     self.floor = floor
     return score, window, enough, [t[:2] for t in tried]
-
-FEW = 500     # pictures; on piles of fewer, clean ones too have raised alarms
-
-def warn(found)->str:
-    "What a reader must know before he trusts the verdict, or nothing."
-    if found.verdict != FOUND or len(found.keys) >= FEW: return ''
-    return (f'{len(found.keys):,} pictures are few: on fewer than {FEW}, clean pictures raise alarms too. '
-            'Look at the crops before you leave anything out.')
 
 def _findings(self:Search)->Findings:
     "The whole scan."
