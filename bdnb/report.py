@@ -275,12 +275,13 @@ def metrics_table(
 def mean_over_seeds(
     rows:list, # of a study
 )->dict:       # (data, attack) -> {'before' or system: {metric: (mean, lowest, highest), 'seeds': their number}}
-    "Means of the rows of a study, with their extremes. What was measured before is the same for all systems of a seed."
+    "Means of the rows of a study, with their extremes. `before` is the row `none`'s, or else the first's: a control has its own."
     cells = defaultdict(lambda: defaultdict(dict))
     for r in rows:
         group = cells[r.get('data'), r.get('attack')]
-        group['before'][r.get('seed')] = r.get('before') or {}
-        if r.get('system') != 'none': group[r.get('system')][r.get('seed')] = r.get('after') or {}
+        seed, first = r.get('seed'), r.get('seed') not in group['before']
+        if first or r.get('system') == 'none': group['before'][seed] = r.get('before') or {}
+        if r.get('system') != 'none': group[r.get('system')][seed] = r.get('after') or {}
     def merged(by_seed):
         names = dict.fromkeys(n for d in by_seed.values() for n, v in d.items() if _number(v))
         found = {n: [d[n] for d in by_seed.values() if _number(d.get(n))] for n in names}

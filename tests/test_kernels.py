@@ -216,7 +216,12 @@ def test_a_view_that_stays_has_the_similarity_that_won(road):
     z, c, masks = features(60, 31).to(road), centres(66, 31).to(road), mask_bank(3, 4, 4).to(road)
     index, best = assign(z[::3], c)
     votes = recluster_vote(z[::3].repeat_interleave(3, 0), c, index, best, masks)
-    assert not votes.changed.any() and not votes.heat.any() and torch.equal(votes.similarity[::3], best)
+    assert not votes.changed.any()
+    if INTERPRETED and index.device.type == 'cpu' and cam._on_kernel(z, c):
+        # numpy's product of matrices, which stands in for the kernel's, rounds a row by its place in the block (seen with AVX2)
+        close(votes.similarity[::3], best.double(), COSINE)
+        return close(votes.heat, torch.zeros_like(votes.heat).double(), HEAT)
+    assert not votes.heat.any() and torch.equal(votes.similarity[::3], best)
 
 
 @pytest.mark.parametrize('soft', [True, False])

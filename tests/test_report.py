@@ -207,3 +207,11 @@ def test_other_pools_are_other_columns():
     assert [c['seeds'] for c in found] == [1, 1, 1] and [c['asr'] for c in found] == [1., .02, .8]
     head = defence_table(rows).splitlines()[0]
     assert '| no defence | BCU on held out, 5,000 | BCU on held out, 100, 1 % poisoned |' in head
+
+
+def test_a_control_is_not_what_was_before():
+    "Encoders of clean pictures, or trained for longer, are measured by themselves; their numbers are not the victim's."
+    from bdnb.report import mean_over_seeds
+    row = lambda system, before: dict(data='d', attack='a', seed=0, system=system, before=dict(asr=before), after=dict(asr=before))
+    rows = [row('none', .9), row('clean', 0.), row('poisoncam', .9), row('none+again', .2)]
+    assert [mean_over_seeds(r)['d', 'a']['before']['asr'][0] for r in (rows, rows[::-1], rows[1:2])] == [.9, .9, 0.]
