@@ -284,3 +284,12 @@ def test_a_pool_of_other_channels_or_too_few_pictures(pool, tmp_path):
     assert quick(epochs=1).cleanse(slim(), grey, quiet=True, device='cpu').history.last('step') == 1
     with pytest.raises(BdnbError, match='3 pictures are too few to hold out 10%'):
         quick(scale='auto').cleanse(slim(), grey, quiet=True)
+
+
+def test_probes_that_say_nothing_get_the_smallest_scale(pool, monkeypatch):
+    "Where distillation alone does no better than a guess, no probe can be trusted."
+    monkeypatch.setattr(BCU, 'agreement', lambda self, *args: .3)
+    monkeypatch.setattr(BCU, 'chance', lambda self, *args: .4)
+    with pytest.warns(UserWarning, match='nothing can be measured'):
+        done = quick(epochs=1, scale='auto', grid=(2., 8.)).cleanse(slim(), pool, quiet=True, device='cpu')
+    assert done.scale == 2 and done.probes == ((0., .3),)

@@ -290,11 +290,11 @@ def pick_scale(self:BCU, model, corpus, held, **options)->tuple: # (scale, probe
         probe.distil(student, model, corpus, **options | dict(what=f'probe of scale {scale:g}'))
         return self.agreement(student, model, held)
     alone, chance = agrees(0.), self.chance(model, held)
-    if alone <= chance:
+    if alone <= chance and alone < .999:           # a student that agrees in everything does set a standard
         warnings.warn(f'distillation alone agrees with the model on {alone:.0%} of {len(held)} held-out pictures, a guess on '
                       f'{chance:.0%}: nothing can be measured, and the smallest scale is taken. Give more pictures or epochs.')
         return self.grid[0], ((0., alone),)
-    need = alone - self.tolerance*(alone - chance)
+    need = alone - self.tolerance*max(0., alone - chance)
     scale, probed = largest_scale(agrees, list(self.grid), need)
     return scale, ((0., alone), *probed)
 
