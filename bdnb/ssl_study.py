@@ -206,14 +206,14 @@ def ssl_tour(out, # folder for encoders, logs, scans and rows; a finished row is
              results=None, # write the rows to this JSON file, stamped with command, commit, hardware and versions
              study:SslStudy=None, # the recipe; the default one otherwise
              name=None, # what the rows call the data
-             reference=True, # also train on the clean pictures
+             reference=True, # also train on the clean pictures, as controls
              quiet=False): # list of rows
     "Poison, train, probe, scan, retrain, probe. Raises `BdnbError` for unknown names before anything is trained."
     out, study, rows = Path(out), study or SslStudy(), []
     name = name or (data if data == 'wallpapers' else Path(data.split('?')[0].partition(':')[2]).name or data)
     for s in systems: make_detector(s, **study.detectors.get(s.removesuffix(ERASE), {}))
     for a in attacks: ssl_plan(a, study)
-    controls = CONTROLS if reference else ('none',)
+    named = lambda controls: [c for c in controls if reference or not c.startswith('clean')]
     for seed in seeds:
         @lru_cache(None)
         def opened(seed=seed):
@@ -222,6 +222,6 @@ def ssl_tour(out, # folder for encoders, logs, scans and rows; a finished row is
             return corpora
         for attack in attacks:
             case = SslCase(out/f'{re.sub("[^a-zA-Z0-9_.=,-]", "-", attack)}-seed{seed}', attack, seed, study, opened, quiet)
-            rows += [{'data': name, **case.row(s)} for s in (*controls, *systems, *(AGAINS if study.again else ()))]
+            rows += [{'data': name, **case.row(s)} for s in (*named(CONTROLS), *systems, *named(AGAINS if study.again else ()))]
     if results: write_json(results, {'study': Path(results).stem, **stamp(), 'recipe': asdict(study), 'rows': rows})
     return rows

@@ -284,6 +284,8 @@ mistakes = {
     'tour: unknown attack': ('tour --attacks badnt', ["'badnt'", "did you mean 'badnet'"]),
     'tour: unknown system': ('tour --defenses cleanclap', ["'cleanclap'", "did you mean 'cleanclip'"]),
     'tour: unknown only': ('tour --only cleanclap', ["'cleanclap'", '--only']),
+    'tour: --again elsewhere': ('tour --again 3', ['--again', '--only poisoncam']),
+    'tour: --no-reference elsewhere': ('tour --no-reference', ['--no-reference', '--only poisoncam']),
     'tour: seeds': ('tour --seeds 0,one', ["'0,one'", '--seeds']),
     'tour: no test set': ("tour --data 'folder:{bad}/plain'", ['--test']),
     'tour: target': ('tour --target sta --n 64 --test-n 24 --clean-n 24', ["'sta'"]),
