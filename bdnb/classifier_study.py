@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIER_DEFENSES', 'CONTROLS', 'UNLABELLED', 'CLASSIFIER_RECIPES', 'TABLE_CLASSIFIER_ATTACKS', 'ClassifierRecipe',
-           'make_classifier_recipe', 'classifier_data', 'Pool', 'path_of', 'data_name', 'pool_name', 'fill_pool',
-           'make_victim', 'learn', 'learn_swiftly', 'ClassifierCase', 'check_tour', 'classifier_tour', 'told',
-           'study_options', 'changed', 'main']
+           'make_classifier_recipe', 'classifier_data', 'Pool', 'pool_name', 'fill_pool', 'make_victim', 'learn',
+           'learn_swiftly', 'ClassifierCase', 'check_tour', 'classifier_tour', 'told', 'study_options', 'changed',
+           'main']
 
 # %% ../nbs/app/03_classifier_study.ipynb #7ec3cafd
 import argparse, hashlib, json, re, shutil, time
@@ -28,7 +28,7 @@ from .evaluate import trigger_seeds
 from .models.classifiers import evaluate_classifier, load_classifier, save_classifier
 from .objectives.classify import CrossEntropyObjective
 from .train import fit, settled_precision
-from .study import peak_bytes, same_study
+from .study import data_name, path_of, peak_bytes, same_study
 
 # %% ../nbs/app/03_classifier_study.ipynb #7c9092e5
 _SWIFT = dict(optimizer='adamw', lr=2e-3, weight_decay=.05)
@@ -134,8 +134,6 @@ class Pool:
         return {} if self == Pool() else dict(pool=pool_name(self.data) if self.data else 'held out', pool_n=self.n,
                                               pool_poisoned=self.poisoned)
 
-def path_of(data): return Path(data.split('?')[0].partition(':')[2])
-def data_name(data): return data if data == 'shapes' else path_of(data).name or data
 def pool_name(data):
     more = ''.join(data.partition('?')[1:])
     return '/'.join(path_of(data).parts[-2:]) + more or data

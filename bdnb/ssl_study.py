@@ -21,7 +21,7 @@ from .defenses.poisonfilter import FilterRecipe
 from .models.encoders import load_encoder, save_encoder
 from .objectives.ssl import SslRecipe, train_encoder
 from .probe import evaluate_encoder, verdict
-from .study import peak_bytes, same_study
+from .study import data_name, peak_bytes, same_study
 
 # %% ../nbs/app/04_ssl_study.ipynb #d50ba9ec
 _SMALL = SslRecipe('mocov2', 'resnet10/half', 16, 32, 'global_local', 36, 64, .1, weight_decay=5e-4, warmup=30, queue=512,
@@ -210,7 +210,7 @@ def ssl_tour(out, # folder for encoders, logs, scans and rows; a finished row is
              quiet=False): # list of rows
     "Poison, train, probe, scan, retrain, probe. Raises `BdnbError` for unknown names before anything is trained."
     out, study, rows = Path(out), study or SslStudy(), []
-    name = name or (data if data == 'wallpapers' else Path(data.split('?')[0].partition(':')[2]).name or data)
+    name = name or data_name(data)
     for s in systems: make_detector(s, **study.detectors.get(s.removesuffix(ERASE), {}))
     for a in attacks: ssl_plan(a, study)
     named = lambda controls: [c for c in controls if reference or not c.startswith('clean')]
