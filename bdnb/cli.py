@@ -533,7 +533,8 @@ def _cure_unlabelled(run, net, defense, pool, held, stamp, goal, quiet, **option
     result, how = dict(target=goal), f'BCU on {pool.name}'
     if held is not None: result['before'], _ = _judge(net, held, stamp, goal, quiet)
     done = defense.cleanse(net, pool, out=run, quiet=quiet, **options)
-    result |= dict(seconds=round(done.seconds, 1), scale=done.scale, agreement=done.agreement, probes=done.probes)
+    result |= dict(seconds=round(done.seconds, 1), scale=done.scale, agreement=done.agreement, probes=done.probes,
+                   doubt=done.doubt)
     if held is not None:
         result['after'], result['counts'] = _judge(net.eval(), held, stamp, goal, quiet)
         show_metrics(f'BCU on {held.name}', dict(before=result['before'], after=result['after']), result['counts'], goal)
@@ -541,6 +542,7 @@ def _cure_unlabelled(run, net, defense, pool, held, stamp, goal, quiet, **option
     steps = [*[(f'probe of {s:g}', say(a)) for s, a in done.probes], (f'{done.scale:g}', say(done.agreement))]
     show(how, ('scale of the reset', 'agreement with the old model'), steps,
          right=('agreement with the old model',))
+    if done.doubt: print(f'bdnb: {done.doubt}', file=sys.stderr)
     about = dict(cleansed_by=repr(defense), cleansed_on=pool.name, scale=done.scale, agreement=done.agreement)
     finish(run, result, net, shots(held, stamp, net.image_size), pool.skipped, **about)
 

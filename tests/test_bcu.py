@@ -10,8 +10,8 @@ from bdnb.core import BdnbError
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.doors import open_corpus
 from bdnb.data.shapes import ShapeCaps
-from bdnb.defenses.bcu import (BCU, RATIOS, agreement, chance_agreement, hold_out, largest_scale, plan_released, plan_reset,
-                               reset_weights, route, stage_totals)
+from bdnb.defenses.bcu import (BCU, RATIOS, SMALL_SCALE, Recovered, agreement, chance_agreement, hold_out, largest_scale,
+                               plan_released, plan_reset, reset_weights, route, stage_totals)
 from bdnb.models.classifiers import Classifier, classifier_logits, create_classifier
 from bdnb.objectives.distill import Distillation, kd_loss, temperature, drawn_view
 
@@ -211,6 +211,12 @@ def test_auto_scale_reads_no_label_and_is_the_same_again(pool):
     fixed = slim()                                                        # the same student as with that number given
     again = quick(scale=a.scale, held_out=.25).cleanse(fixed, pool, quiet=True, device='cpu')
     assert same(state(fixed), states[0]) and again.agreement == a.agreement and again.probes == ()
+
+
+def test_a_small_automatic_scale_leaves_doubts():
+    found = {scale: Recovered(None, None, 0., scale=scale, agreement=.9, probes=((0., .95),)).doubt for scale in (2., SMALL_SCALE, 8.)}
+    assert 'scale 2' in found[2.] and found[SMALL_SCALE] and not found[8.]
+    assert not Recovered(None, None, 0., scale=1.).doubt                  # the user's own choice
 
 
 def test_bisection_needs_few_probes():

@@ -83,6 +83,7 @@ def test_without_a_test_set_it_says_what_can_be_seen(files, run, tmp_path):
     code, out, err = run(line)
     done = read_json(tmp_path/'auto'/'metrics.json')
     assert code == 0 and out.count('probe of') == len(done['probes']) >= 2 and 'asr' not in out, err
+    assert (done['scale'] <= 4) == bool(done['doubt']) == ('only a small reset' in err), err
     assert 'before' not in done and done['scale'] in (1, 2, 4, 8, 16, 32) and (tmp_path/'auto'/'report.html').exists()
 
 
