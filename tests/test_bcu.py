@@ -217,6 +217,7 @@ def test_a_small_automatic_scale_leaves_doubts():
     found = {scale: Recovered(None, None, 0., scale=scale, agreement=.9, probes=((0., .95),)).doubt for scale in (2., SMALL_SCALE, 8.)}
     assert 'scale 2' in found[2.] and found[SMALL_SCALE] and not found[8.]
     assert not Recovered(None, None, 0., scale=1.).doubt                  # the user's own choice
+    assert not Recovered(None, None, 0., scale=4., probes=((0., .95), (4., .9))).doubt       # nothing larger was asked for
 
 
 def test_bisection_needs_few_probes():

@@ -214,11 +214,13 @@ class Recovered(Cleansed):
     probes:tuple=()          # (scale, agreement) of each probe, in order; the first is distillation alone
 
     @property
-    def doubt(self)->str: # '' for none
+    def doubt(self)->str: # '' for none, which is no proof
         "What speaks against relying on it, as far as that can be seen without the trigger: an automatic scale that ended small."
-        if not self.probes or self.scale > SMALL_SCALE: return ''
-        return (f'only a small reset could be afforded (scale {self.scale:g}), and after such ones backdoors often survived in '
-                'our studies of classifiers; give more pictures, pictures more like those it was trained on, or more epochs')
+        larger = len(self.probes) == 1 or any(s > self.scale for s, _ in self.probes)       # was more asked for?
+        if not self.probes or self.scale > SMALL_SCALE or not larger: return ''
+        return (f'only a small reset could be afforded (scale {self.scale:g}), and after such ones backdoors survived more '
+                'often in our studies of classifiers than after large ones; give more pictures, pictures more like those it '
+                'was trained on, or more epochs')
 
 # %% ../../nbs/defenses/04_bcu.ipynb #5dbdcb2b
 @dataclass(frozen=True)
@@ -342,7 +344,7 @@ def hold_out(corpus, share, size:int, seed:int, group:str=None)->tuple: # (to te
     if not 0 < share < 1: raise BdnbError(f"held_out={share}: give a share of the pool between 0 and 1")
     if round(share*len(corpus)) < 1 or round(share*len(corpus)) >= len(corpus):
         raise BdnbError(f"{corpus.name}: {len(corpus)} pictures are too few to hold out {share:.0%} of them; "
-                        "give more, or a scale and held_out=0")
+                        "give more, or a scale (`--scale 4`) and held_out=0")
     held, rest = corpus.split(share, seed, group)
     return rest, held
 

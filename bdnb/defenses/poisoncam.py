@@ -142,7 +142,7 @@ class PoisonCAM:
     per_round:int=2             # pictures a cluster and round (PatchSearch s)
     prune:float=.25             # share of clusters dropped a round (PatchSearch r)
     more:int=400                # pictures that 'adaptive' adds at most (ours)
-    evidence:float=.08          # a trigger moves at least this share of the test pictures (ours; clean data stay below .065)
+    evidence:float=.08          # a trigger moves at least this share of the test pictures (ours; clean piles: at most .077)
     witnesses:int=5             # and that many pictures must show it (ours)
     top_k:int=20                # crops that train the classifier
     top_share:float=.1          # best-scored share that is not used as clean (PatchSearch top_p)
