@@ -1,6 +1,6 @@
 """What does BCU cost? Against the training of its victim, and against a loop written as the official recipe has it.
 
-    python bench/bcu.py [--out results/race-bcu.json]
+    python bench/bcu.py [--out results/race-bcu.json] [--races plain crops study victim]
 
 Two races on ShapeCaps with a slim ResNet-18, each over the same number of epochs:
 
@@ -132,6 +132,10 @@ def race_victim(o):
                 ours_value=a, peer_value=b, unit='CPU-s', ratio=b/a)
 
 
+RACES = dict(plain=lambda o: race_loop(o, False, 'no'), crops=lambda o: race_loop(o, True, 'no'),
+             study=lambda o: race_loop(o, False, 'auto'), victim=race_victim)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--out', default='results/race-bcu.json')
@@ -140,9 +144,10 @@ def main():
     p.add_argument('--batch', type=int, default=64)
     p.add_argument('--width', type=int, default=16)
     p.add_argument('--blocks', type=int, default=3)
+    p.add_argument('--races', nargs='+', choices=RACES, default=list(RACES), help='which of them to run')
     o = p.parse_args()
     limit_threads(1)
-    rows = [race_loop(o, *case) for case in ((False, 'no'), (True, 'no'), (False, 'auto'))] + [race_victim(o)]
+    rows = [RACES[name](o) for name in o.races]
     for r in rows: print(f"{r['what']}: {r['ours_value']:.1f} against {r['peer_value']:.1f} CPU-s of {r['peer']}: {r['ratio']:.2f} times")
     words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
     write_json(o.out, dict(study='race-bcu', **stamp(' '.join(['python bench/bcu.py', *words])), rows=rows, clock='cpu', threads=1,
