@@ -164,7 +164,9 @@ def same_study(out, settings):
 
 SPLITS = 'train', 'training', 'test', 'testing', 'val', 'valid', 'validation'
 
-def path_of(data)->Path: return Path(data.split('?')[0].partition(':')[2])
+def path_of(data:str)->Path:
+    "Where a corpus specification points: what stands between its kind and its options; '.' for nothing."
+    return Path(data.split('?')[0].partition(':')[2])
 
 def data_name(data:str)->str:
     "What tables call a corpus: the last part of its path that is more than the name of a split."

@@ -150,7 +150,7 @@ def main():
     rows = [RACES[name](o) for name in o.races]
     for r in rows: print(f"{r['what']}: {r['ours_value']:.1f} against {r['peer_value']:.1f} CPU-s of {r['peer']}: {r['ratio']:.2f} times")
     words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
-    write_json(o.out, dict(study='race-bcu', **stamp(' '.join(['python bench/bcu.py', *words])), rows=rows, clock='cpu', threads=1,
+    write_json(o.out, dict(study=Path(o.out).stem, **stamp(' '.join(['python bench/bcu.py', *words])), rows=rows, clock='cpu', threads=1,
                            blocks=o.blocks))
 
 

@@ -216,8 +216,8 @@ class Recovered(Cleansed):
     @property
     def doubt(self)->str: # '' for none, which is no proof
         "What speaks against relying on it, as far as that can be seen without the trigger: an automatic scale that ended small."
-        larger = len(self.probes) == 1 or any(s > self.scale for s, _ in self.probes)       # was more asked for?
-        if not self.probes or self.scale > SMALL_SCALE or not larger: return ''
+        if not self.probes or self.scale > SMALL_SCALE: return ''                            # the user's own, or large enough
+        if len(self.probes) > 1 and self.scale == max(s for s, _ in self.probes): return ''  # nothing larger was asked for
         return (f'only a small reset could be afforded (scale {self.scale:g}), and after such ones backdoors survived more '
                 'often in our studies of classifiers than after large ones; give more pictures, pictures more like those it '
                 'was trained on, or more epochs')
