@@ -106,7 +106,8 @@ def scan_page(found:Findings, pictures, name:str, command:str, clean:str=None)->
                  clusters=e['clusters'], skipped=len(e['skipped']))
     nothing = 'Nothing was removed. A trigger that covers the whole picture would not show here.'
     words = f'{gone:,} of {len(found.keys):,} pictures should be left out.' if found.verdict == FOUND else nothing
-    tried = {f'{w:.0%} of the side': f'best score {s:.2f}' for w, s in e.get('windows', ())}
+    tried = {f"window of {l['window']:.0%} of the side, {l['clusters']} clusters":
+             f"best score {l['best']:.2f}, {l['reached']:,} pictures reach {l['bar']:.2f}" for l in e.get('looks', ())}
     card = lambda k, v: tag('div', tag('span', k), tag('b', str(v)), cls='card')
     rows = lambda d: tag('dl', [[tag('dt', tag('bdi', str(k))), tag('dd', tag('bdi', str(v)))] for k, v in d.items()])
     return page(f'{found.verdict}: {name}',
@@ -115,7 +116,7 @@ def scan_page(found:Findings, pictures, name:str, command:str, clean:str=None)->
             tag('div', [card(k, v) for k, v in facts.items()], cls='cards')),
         tag('section', tag('h2', 'Highest scores'), tag('div', shots, cls='shots')),
         tag('section', tag('h2', 'Scores'), histogram(found.score)),
-        tag('section', tag('h2', 'Windows'), rows(tried)) if tried else Html(''),
+        tag('section', tag('h2', 'Looks'), rows(tried)) if tried else Html(''),
         tag('section', tag('h2', 'Work'), rows({f'{k}, forward passes': f'{v:,}' for k, v in e['forwards'].items()} |
                                               {f'{k}, seconds': v for k, v in e['seconds'].items()})),
         tag('section', tag('h2', 'Left out'), rows(dict(e['skipped'][:50]))) if e['skipped'] else Html(''),

@@ -31,10 +31,11 @@ def scanned(folder, sizes):
     pile = ssl_data('wallpapers', study, seed)[0]
     encoder = load_encoder(folder/'encoder.safetensors').eval()
     found = make_detector('poisoncam', seed=seed, **detectors['poisoncam'] | SIZES[sizes]).scan(pile, encoder, quiet=True)
-    scores = found.score[found.searched]
-    reached = int((scores >= found.evidence['settings']['evidence']).sum())
+    looks = found.evidence['looks']
     return dict(system='poisoncam', data='wallpapers', attack='none', seed=seed, alarm=found.verdict == FOUND,
-                windows=[w for w, _ in found.evidence['windows']], highest=max(s for _, s in found.evidence['windows']), reached=reached, removed=float((~found.keep).float().mean()), examined=len(scores))
+                windows=sorted({l['window'] for l in looks}), clusters=sorted({l['clusters'] for l in looks}),
+                highest=max(l['best'] for l in looks), reached=max(l['reached'] for l in looks),
+                removed=float((~found.keep).float().mean()), examined=int(found.searched.sum()))
 
 
 def main():

@@ -102,3 +102,8 @@ def test_neighbours_against_loops():
         cos = [float(nn.functional.cosine_similarity(z[i], z[j], dim=0)) if j != i else -9 for j in range(12)]
         return set(sorted(range(12), key=lambda j: -cos[j])[:3])
     assert neighbour_overlap(a, b, 3) == pytest.approx(sum(len(near(a, i) & near(b, i))/3 for i in range(12))/12)
+
+def test_classes_beside_an_encoder_are_refused_by_name(tmp_path):
+    save_encoder(create_encoder('resnet10', 8), tmp_path/'encoder.safetensors')
+    with pytest.raises(BdnbError, match=r"encoder\.safetensors.*--classes.*kind 'encoder'"):
+        load_any(tmp_path/'encoder.safetensors', classes=10)

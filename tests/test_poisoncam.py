@@ -17,7 +17,7 @@ from bdnb.cli import main
 from bdnb.core import BdnbError, rng, write_json
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Scan
-from bdnb.defenses.poisoncam import PoisonCAM, Search, mask_bank, masked_features, miss_bound
+from bdnb.defenses.poisoncam import PoisonCAM, Search, cluster_counts, mask_bank, masked_features, miss_bound
 from bdnb.defenses.poisonfilter import FilterRecipe
 from bdnb.models.encoders import Encoder, create_encoder, save_encoder
 from bdnb.ssl_study import make_ssl_study
@@ -88,15 +88,61 @@ def test_a_larger_window_is_tried_when_a_smaller_one_shows_nothing(tmp_path):
     assert look(.12).verdict == NO_EVIDENCE
     found = look((.12, .27), out=tmp_path)
     assert found.verdict == FOUND and found.precision_at(20, truth) == 1 and (found.window[:, 2] == 9).all()
-    (small, none), (large, much) = found.evidence['windows']
-    assert (small, large) == (.12, .27) and none < .08 < much
+    small, large = found.evidence['looks']
+    assert (small['window'], large['window']) == (.12, .27) and small['best'] < .08 < large['best']
     again = look((.12, .27), out=tmp_path)
-    assert torch.equal(again.score, found.score) and again.evidence['windows'] == found.evidence['windows']
+    assert torch.equal(again.score, found.score) and again.evidence['looks'] == found.evidence['looks']
     assert again.evidence['forwards'] == found.evidence['forwards']
     stopped = look((.27, .36))                                           # the first that shows it is enough
-    assert [w for w, _ in stopped.evidence['windows']] == [.27]
+    assert [l['window'] for l in stopped.evidence['looks']] == [.27]
     for bad in ((), (.27, 2), 0):
         with pytest.raises(BdnbError, match='poisoncam: window'): PoisonCAM(window=bad)
+
+
+class Placed(Colours):
+    "Sees red, and in which quarter of the picture it is."
+    dim = 5
+
+    def forward(self, x):
+        red = ((x[:, 0] > .9) & (x[:, 1] < .1)).float()
+        quarters = [red[:, y:y + 16, z:z + 16].sum((1, 2))*20 for y in (0, 16) for z in (0, 16)]
+        return torch.stack([*quarters, x[:, 2].clamp(min=0).sum((1, 2))], 1)*self.weight
+
+
+def test_fewer_clusters_are_tried_when_more_show_nothing(tmp_path):
+    "A crop that is pasted at random rarely falls into its own quarter. With two clusters three quarters are one."
+    corpus, truth, _ = pile()
+    net = Encoder(Placed(), 'placed', 32, mean=(0, 0, 0), std=(1, 1, 1))
+    look = lambda clusters, **o: PoisonCAM(clusters=clusters, tests=64, search='all', filter=quick, evidence=.35, witnesses=2).scan(
+        corpus, net, quiet=True, **o)
+    assert look(4).verdict == NO_EVIDENCE
+    found = look((4, 2), out=tmp_path)
+    assert found.verdict == FOUND and found.precision_at(2, truth) == 1 and found.evidence['clusters'] == 2
+    many, few = found.evidence['looks']
+    assert (many['clusters'], few['clusters'], many['reached']) == (4, 2, 0) and few['bar'] == pytest.approx(.35*2**.5)
+    assert many['best'] < many['bar'] and few['best'] > few['bar']
+    again = look((4, 2), out=tmp_path)
+    assert torch.equal(again.score, found.score) and again.evidence['forwards'] == found.evidence['forwards']
+    for bad in ((), (20, 1), 0):
+        with pytest.raises(BdnbError, match='poisoncam: clusters'): PoisonCAM(clusters=bad)
+
+
+def test_the_look_with_most_witnesses_is_taken():
+    "And once it has enough of them for the classifier, nothing else is tried."
+    corpus, truth, _ = pile()
+    net = Encoder(Placed(), 'placed', 32, mean=(0, 0, 0), std=(1, 1, 1))
+    look = lambda top_k: PoisonCAM(clusters=(2, 4), tests=64, search='all', filter=quick, evidence=.1, top_k=top_k).scan(
+        corpus, net, quiet=True)
+    assert [l['clusters'] for l in look(5).evidence['looks']] == [2]
+    found = look(200)
+    assert [l['clusters'] for l in found.evidence['looks']] == [2, 4]
+    assert found.evidence['clusters'] == max(found.evidence['looks'], key=lambda l: l['reached'])['clusters']
+
+
+def test_numbers_of_clusters():
+    assert cluster_counts(40) == [5] and cluster_counts(800) == [10] and cluster_counts(1500) == [15, 10]
+    assert cluster_counts(2000) == [20, 14, 10] and cluster_counts(127_000) == [1000, 700, 500]
+    assert cluster_counts(50, (80, 20)) == [50, 20]
 
 
 def searching(**options):

@@ -73,6 +73,8 @@ def load_any(path, **given): # a `Classifier`, an `Encoder` or a `ClipModel`, in
     "Whatever model a checkpoint holds; `given` (name, classes, width, image_size, mean, std) is for files that do not say it."
     kind, name = read_tensors(path)[1].get('kind'), given.get('name')
     named = kind is None and name is not None and SHORT.get(name, name) in list_classifiers()
+    if kind not in (None, 'classifier') and given.get('classes') is not None:
+        raise BdnbError(f'{path}: classes are given (--classes), but this file holds a model of kind {kind!r}, which has none')
     if kind == 'classifier' or named or given.get('classes') is not None: return load_classifier(path, **given)
     if kind == 'encoder': return load_encoder(path, **{k: v for k, v in given.items() if k != 'classes'}).eval()
     try: return load_checkpoint(path, name).eval()
