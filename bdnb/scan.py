@@ -107,7 +107,8 @@ def scan_page(found:Findings, pictures, name:str, command:str, clean:str=None)->
     nothing = 'Nothing was removed. A trigger that covers the whole picture would not show here.'
     words = f'{gone:,} of {len(found.keys):,} pictures should be left out.' if found.verdict == FOUND else nothing
     tried = {f"window of {l['window']:.0%} of the side, {l['clusters']} clusters":
-             f"best score {l['best']:.2f}, {l['reached']:,} pictures reach {l['bar']:.2f}" for l in e.get('looks', ())}
+             f"best score {l['best']:.2f}, {l['reached']:,} pictures reach {l['bar']:.2f}" for l in e.get('looks', ())
+             if l['bar'] is not None}
     card = lambda k, v: tag('div', tag('span', k), tag('b', str(v)), cls='card')
     rows = lambda d: tag('dl', [[tag('dt', tag('bdi', str(k))), tag('dd', tag('bdi', str(v)))] for k, v in d.items()])
     return page(f'{found.verdict}: {name}',

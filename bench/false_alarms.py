@@ -1,10 +1,10 @@
 """Does the scan keep quiet on clean pictures? PoisonCAM on clean piles and the encoders trained on them.
 
-    python bench/false_alarms.py [--out results/alarms-poisoncam.json] runs/ssl/clean-seed20 runs/ssl/clean-seed21 ...
+    python bench/false_alarms.py [--out results/alarms-poisoncam.json] runs/ssl/clean-seed20 runs/ssl/clean-seed20+again ...
 
 A folder is the clean reference of `bdnb tour --only poisoncam`; `study.json` beside it says how its pictures are made. Every pile is
-scanned twice: with the study's window, and with the sizes that `bdnb scan` tries. For each: the verdict, the highest score of any
-size, how many crops reach the score that counts as evidence, how many pictures would be removed.
+scanned twice: with the study's window, and with the sizes that `bdnb scan` tries. For each: the verdict, how many pictures would be
+removed, and of every look (size of window, number of clusters) the highest score and how many pictures reach its bar.
 """
 import argparse
 import re
@@ -27,15 +27,12 @@ def scanned(folder, sizes):
     detectors = recipe.pop('detectors')
     given = recipe.pop('ssl') | recipe
     study = make_ssl_study(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-    seed = int(re.search(r'seed(\d+)$', folder.name)[1])
+    seed = int(re.search(r'seed(\d+)(\+again)?$', folder.name)[1])
     pile = ssl_data('wallpapers', study, seed)[0]
     encoder = load_encoder(folder/'encoder.safetensors').eval()
     found = make_detector('poisoncam', seed=seed, **detectors['poisoncam'] | SIZES[sizes]).scan(pile, encoder, quiet=True)
-    looks = found.evidence['looks']
-    return dict(system='poisoncam', data='wallpapers', attack='none', seed=seed, alarm=found.verdict == FOUND,
-                windows=sorted({l['window'] for l in looks}), clusters=sorted({l['clusters'] for l in looks}),
-                highest=max(l['best'] for l in looks), reached=max(l['reached'] for l in looks),
-                removed=float((~found.keep).float().mean()), examined=int(found.searched.sum()))
+    return dict(system='poisoncam', data='wallpapers', attack='none', encoder=folder.name, seed=seed, sizes=sizes, alarm=found.verdict == FOUND,
+                looks=found.evidence['looks'], removed=float((~found.keep).float().mean()))
 
 
 def main():

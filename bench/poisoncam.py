@@ -39,7 +39,7 @@ from bdnb.attacks.patches import coverage, iou
 from bdnb.core import BdnbError, limit_threads, read_json, stamp, write_json
 from bdnb.defenses.findings import FOUND, Scan
 from bdnb.defenses.patchsearch import PatchSearch, PatchSearchRun
-from bdnb.defenses.poisoncam import PoisonCAM, Search
+from bdnb.defenses.poisoncam import PoisonCAM, Search, cluster_counts
 from bdnb.defenses.poisonfilter import FilterRecipe
 from bdnb.evaluate import measuring
 from bdnb.kernels.cam import assign
@@ -265,15 +265,15 @@ def main():
     limit_threads(o.threads)
     sides, rows, races = chosen(p, o.sides, SIDES, 'side'), [], []
     for case in victims(o):
-        mine = []
+        mine, clusters = [], o.clusters or cluster_counts(len(case.data()[0]))[0]      # one number: no second look for any side
         for s in sides:
             kind, options = SIDES[s]
-            same = dict(window=o.window, tests=o.tests, clusters=o.clusters, seed=case.seed,
+            same = dict(window=o.window, tests=o.tests, clusters=clusters, seed=case.seed,
                         filter=FilterRecipe.quick(steps=o.steps))
             mine.append(measure(case, s, kind(**same, **options)))
             print(line(mine[-1]), file=sys.stderr, flush=True)
         rows, races = rows + mine, races + compared(mine)
-        finish(o, rows + races, tests=o.tests, window=o.window)
+        finish(o, rows + races, tests=o.tests, window=o.window, clusters=clusters)
     said = '{what}, {size}: {ours} {ours_value:.1f} {unit}, {peer} {peer_value:.1f} {unit}'
     for r in races: print(said.format(**r), file=sys.stderr)
 

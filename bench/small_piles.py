@@ -30,7 +30,7 @@ def alarm(encoder, pile, clusters):
     with measuring(encoder):
         search.prepare()
         _, _, seen, tried = search.look()
-    return seen, max(score for *_, score in tried)
+    return seen, max(l['best'] for l in tried)
 
 
 def row(encoder, n, clusters, poisoned, draws):

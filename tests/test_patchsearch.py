@@ -5,7 +5,7 @@ from torch import nn
 
 from bdnb.core import BdnbError, rng
 from bdnb.data.corpus import ArrayCorpus
-from bdnb.defenses.findings import FOUND, Scan
+from bdnb.defenses.findings import FOUND, Scan, load_findings
 from bdnb.defenses.patchsearch import PatchSearch, PatchSearchRun, grad_cam, target_layer
 from bdnb.defenses.poisonfilter import FilterRecipe
 from bdnb.models.encoders import Encoder, create_encoder
@@ -137,3 +137,14 @@ def test_a_killed_scan_goes_on(tmp_path):
 @pytest.mark.parametrize('option', [dict(window=0.), dict(tests=0), dict(prune=2.)])
 def test_bad_options(option):
     with pytest.raises(BdnbError, match=f'patchsearch: {next(iter(option))}='): PatchSearch(**option)
+
+
+@pytest.mark.parametrize('as_released', [False, True])
+def test_it_looks_once_and_its_findings_can_be_kept(as_released, tmp_path):
+    "There is no bar to write down; and too few crops for the classifier are no reason for another number of clusters."
+    corpus = pile(n=1500)[0]
+    how = PatchSearch(tests=60, per_round=1, top_k=400, filter=quick, as_released=as_released)
+    found = how.scan(corpus, encoder(), quiet=True)
+    assert [(l['clusters'], l['bar']) for l in found.evidence['looks']] == [(15, None)] and int(found.searched.sum()) < 400
+    found.save(tmp_path/'found.safetensors')
+    assert load_findings(tmp_path/'found.safetensors').evidence['looks'] == found.evidence['looks']

@@ -123,26 +123,35 @@ def test_fewer_clusters_are_tried_when_more_show_nothing(tmp_path):
     assert many['best'] < many['bar'] and few['best'] > few['bar']
     again = look((4, 2), out=tmp_path)
     assert torch.equal(again.score, found.score) and again.evidence['forwards'] == found.evidence['forwards']
-    for bad in ((), (20, 1), 0):
+    for bad in ((), (20, 1), 0, 2.5, '20'):
         with pytest.raises(BdnbError, match='poisoncam: clusters'): PoisonCAM(clusters=bad)
 
 
 def test_the_look_with_most_witnesses_is_taken():
-    "And once it has enough of them for the classifier, nothing else is tried."
+    "Also when it was not the last one; and once a look has enough for the classifier, nothing else is tried."
     corpus, truth, _ = pile()
     net = Encoder(Placed(), 'placed', 32, mean=(0, 0, 0), std=(1, 1, 1))
-    look = lambda top_k: PoisonCAM(clusters=(2, 4), tests=64, search='all', filter=quick, evidence=.1, top_k=top_k).scan(
-        corpus, net, quiet=True)
-    assert [l['clusters'] for l in look(5).evidence['looks']] == [2]
-    found = look(200)
-    assert [l['clusters'] for l in found.evidence['looks']] == [2, 4]
-    assert found.evidence['clusters'] == max(found.evidence['looks'], key=lambda l: l['reached'])['clusters']
+    look = lambda clusters, top_k: PoisonCAM(clusters=clusters, tests=64, search='all', filter=quick, evidence=.0707,
+                                             top_k=top_k).scan(corpus, net, quiet=True)
+    assert [l['clusters'] for l in look((4, 2), 5).evidence['looks']] == [4]
+    found, alone = look((4, 2), 200), look(4, 200)
+    assert [(l['clusters'], l['reached'] > 5) for l in found.evidence['looks']] == [(4, True), (2, True)]
+    assert found.evidence['looks'][0]['reached'] > found.evidence['looks'][1]['reached']
+    for name in ('score', 'window', 'cluster', 'probability', 'keep'):
+        assert torch.equal(getattr(found, name).nan_to_num(-1.), getattr(alone, name).nan_to_num(-1.)), name
+    assert torch.equal(found.evidence['heat'], alone.evidence['heat'])
+
+
+def test_fewer_clusters_ask_for_more():
+    run = searching(clusters=(2, 8), evidence=.4)[0]                     # also when the fewer are asked for first
+    assert run.bar == pytest.approx(.8) and searching(clusters=(8,), evidence=.4)[0].bar == pytest.approx(.4)
+    assert searching(clusters=(2, 32), evidence=.4)[0].bar == 1
 
 
 def test_numbers_of_clusters():
     assert cluster_counts(40) == [5] and cluster_counts(800) == [10] and cluster_counts(1500) == [15, 10]
     assert cluster_counts(2000) == [20, 14, 10] and cluster_counts(127_000) == [1000, 700, 500]
-    assert cluster_counts(50, (80, 20)) == [50, 20]
+    assert cluster_counts(50, (80, 60, 20)) == [50, 20]
 
 
 def searching(**options):
@@ -195,6 +204,12 @@ def test_clean_pictures_lose_nothing():
     for seed in range(3):
         found = scan(pile(every=0, seed=seed)[0])
         assert found.verdict == NO_EVIDENCE and found.keep.all()
+
+
+def test_the_benches_read_what_a_look_says(monkeypatch):
+    piles = bench(monkeypatch, 'small_piles')
+    seen, highest = piles.alarm(encoder(), pile()[0], 2)
+    assert seen and .08 < highest <= 1
 
 
 def test_a_global_trigger_has_no_place():

@@ -116,7 +116,7 @@ _SHARES = 'stride', 'evidence', 'prune'
 
 def several(value, what='window')->tuple:
     "One or several, as several."
-    found = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    found = tuple(dict.fromkeys(value)) if isinstance(value, (tuple, list)) else (value,)
     if not found: raise BdnbError(f'poisoncam: {what} is empty: name one or several')
     return found
 
@@ -126,7 +126,7 @@ def cluster_counts(n:int, # pictures
                    asked=None, # a number or several
                   )->list: # of numbers of clusters, in the order in which they are tried
     "By default one for 100 pictures, but ten from 80 on and at most 1000; then fewer, but never fewer than ten."
-    if asked is not None: return [min(n, k) for k in several(asked, 'clusters')]
+    if asked is not None: return list(dict.fromkeys(min(n, k) for k in several(asked, 'clusters')))
     k = max(2, min(10, n//8), min(1000, n//100))
     return [k, *(round(k*s) for s in COARSER if k*s >= 10)]
 
@@ -152,9 +152,9 @@ class PoisonCAM:
     per_round:int=2             # pictures a cluster and round (PatchSearch s)
     prune:float=.25             # share of clusters dropped a round (PatchSearch r)
     more:int=400                # pictures that 'adaptive' adds at most (ours)
-    evidence:float=.08          # a trigger moves at least this share of the test pictures (ours; clean piles: at most .077)
+    evidence:float=.08          # a trigger moves at least this share of the test pictures (ours), see `Search.bar`
     witnesses:int=5             # and that many pictures must show it (ours)
-    top_k:int=20                # crops that train the classifier
+    top_k:int=20                # crops that train the classifier; a look that shows fewer is not the last
     top_share:float=.1          # best-scored share that is not used as clean (PatchSearch top_p)
     filter:FilterRecipe=None    # None: `FilterRecipe.quick()` under 64 px, the published one from there on
     batch:int=512               # pictures in one pass
@@ -167,7 +167,7 @@ class PoisonCAM:
         for name, v in [('window', w) for w in several(self.window)] + [(k, getattr(self, k)) for k in _SHARES]:
             if not 0 < v <= 1: raise BdnbError(f"poisoncam: {name}={v} must be above 0, at most 1")
         for k in () if self.clusters is None else several(self.clusters, 'clusters'):
-            if k < 2: raise BdnbError(f'poisoncam: clusters={k} must be 2 or more')
+            if not isinstance(k, int) or k < 2: raise BdnbError(f'poisoncam: clusters={k!r} must be a whole number, 2 or more')
         if not 0 <= self.skip < 1: raise BdnbError(f"poisoncam: skip={self.skip} must be 0 or more, below 1")
         for name in ('tests', 'look', 'per_round', 'witnesses', 'top_k', 'batch', 'count', 'confirm'):
             v = getattr(self, name)
@@ -198,7 +198,7 @@ class Search:
     "One scan: corpus in memory, encoder, and the stages."
     def __init__(self, how:PoisonCAM, pictures, encoder, stages, device):
         self.how, self.pictures, self.encoder, self.stages, self.device = how, pictures, encoder, stages, device
-        self.n, self.floor = len(pictures), -math.inf
+        self.n, self.floor, self.since, self.grouped = len(pictures), -math.inf, (0, 0), {}
         self.counts = cluster_counts(self.n, how.clusters)
         self.k = self.counts[0]
         self.look_through(several(how.window)[0])
@@ -231,15 +231,17 @@ class Search:
             c = spherical_kmeans(self.z, k, self.how.seed)
             own, similarity = assign(self.z, c.centroids)
             return dict(centroids=c.centroids, own=own, similarity=similarity.float())
-        c = self.stages.stage(f'clusters{self.suffix(k)}', lambda: self.stages.once(cluster), 'clusters')
+        if k not in self.grouped:
+            self.grouped[k] = self.stages.stage(f'clusters{self.suffix(k)}', lambda: self.stages.once(cluster), 'clusters')
+        c = self.grouped[k]
         self.k, self.centroids, self.own, self.base = k, c['centroids'].to(self.device), c['own'], c['similarity']
         rows = choose_tests(self.base, self.own, k, self.how.tests, self.how.seed)
         self.tests, self.test_own = self.gather(rows), self.assign(self.z[rows].to(self.device))
 
     @property
     def bar(self)->float:
-        "The score that counts as evidence. With fewer clusters more comes by chance, so more is asked for."
-        return self.how.evidence*math.sqrt(self.counts[0]/self.k)
+        "The score that counts as evidence. With fewer clusters than the most that are tried more comes by chance: more is asked for."
+        return min(1., self.how.evidence*math.sqrt(max(self.counts)/self.k))
 
     def suffix(self, k)->str:
         "What tells stages with `k` clusters from those of the first number."
@@ -377,6 +379,7 @@ def _run_search(self:Search)->dict: # score float [N], window int64 [N, 4]
         return found['score'].tolist()
     order = torch.randperm(self.n, generator=rng('search order', how.seed))
     members = [order[self.own[order] == c].tolist() for c in range(self.k)]
+    self.since = self.stages.seen['search'], self.stages.clock.spent['search']
     total, before = self.plan(*map(len, members)), self.stages.seen['search']
     if how.search == 'all': examine(torch.arange(self.n))
     else: pruned_rounds(members, examine, how.per_round, how.prune)
@@ -401,17 +404,18 @@ def _plan(self:Search, *sizes)->int: # pictures that will be examined
     rows, how = [], self.how
     if how.search == 'all': rows = [self.n]
     else: pruned_rounds([range(s) for s in sizes], lambda r: rows.append(len(r)) or [0.]*len(r), how.per_round, how.prune)
-    self.stages.bar.hint = ', more if a trigger shows'
+    self.stages.bar.hint = ', more may follow'
     self.stages.expect(features=self.n)
     self.foresee(sum(rows))
     return sum(rows)
 
 def _foresee(self:Search, rows):
-    "So many pictures are still to be examined, at what they have cost so far, or at masks and a first look."
+    "So many pictures are still to be examined, at what they have cost in this look so far, or at masks and first test pictures."
     seen, spent = self.stages.seen['search'], self.stages.clock.spent['search']
+    done, cost = seen - self.since[0], spent - self.since[1]                     # looks that are over cost something else
     how, views = self.how, len(self.early)
     if how.masks in ('full', 'coarse', 'random') and getattr(how, 'alone', False): views *= 2
-    each = spent/seen if seen else views + (how.look if how.sequential else min(how.tests, self.n))
+    each = cost/done if done else views + (how.look if how.sequential else min(how.tests, self.n))
     self.stages.expect(rows=seen + rows, search=spent + rows*each)
 
 Search.run, Search.dig, Search.plan, Search.foresee = _run_search, _dig, _plan, _foresee
@@ -436,14 +440,14 @@ def _look(self:Search)->tuple: # (score [N], window [N, 4], do enough pictures s
         if how.skip: self.floor = self.stages.stage(f'floor{again}', self.quiet_drop, 'floor')['floor']
         s = self.stages.stage(f'search{again}', self.run, 'search')
         best, reached = float(s['score'].nan_to_num(0.).max()), int((s['score'] >= self.bar).sum())
-        tried.append((dict(window=float(share), clusters=k, bar=self.bar, best=best, reached=reached), s, self.floor))
+        tried.append((dict(window=float(share), clusters=k, bar=self.bar, best=best, reached=reached), s, self.floor, again))
         if reached >= max(how.witnesses, how.top_k): break
-    most = lambda t: (t[0]['reached'] >= how.witnesses, t[0]['reached'], t[0]['best'])
-    chosen, s, floor = max(tried, key=most)
+    chosen, s, self.floor, self.again = max(tried, key=lambda t: (t[0]['reached'], t[0]['best']/t[0]['bar']))
     if chosen['clusters'] != self.k: self.regroup(chosen['clusters'])
     self.look_through(chosen['window'])
-    self.floor = floor
-    return s['score'], s['window'], chosen['reached'] >= how.witnesses, [t[0] for t in tried]
+    self.z = None                                                                # nobody clusters any more
+    said = [t[0] | ({} if math.isfinite(self.bar) else dict(bar=None)) for t in tried]            # PatchSearch has no bar
+    return s['score'], s['window'], chosen['reached'] >= how.witnesses, said
 
 def _findings(self:Search)->Findings:
     "The whole scan."
@@ -454,17 +458,18 @@ def _findings(self:Search)->Findings:
     found = Findings(self.pictures.keys, score, self.own, window, unknown, every, NO_EVIDENCE, {})
     top = found.top(how.top_k)
     if guilty:
-        p = self.stages.stage('classifier', lambda: self.classify(top[score[top] >= self.bar], score, window))['probability']
+        p = self.stages.stage(f'classifier{self.again}', lambda: self.classify(top[score[top] >= self.bar], score, window),
+                              'classifier')['probability']
         r = how.filter or self.quick()
         keep = p <= r.threshold
-        window = self.stages.stage('windows', lambda: self.suspects(window, keep))['window']
+        window = self.stages.stage(f'windows{self.again}', lambda: self.suspects(window, keep), 'windows')['window']
         if keep.any(): found = replace(found, probability=p, keep=keep, verdict=FOUND, window=window)
     if warning := small_pile_warning(found): found.evidence['warning'] = warning
     crop = lambda r: self.pictures.gather([r])[0][:, int(window[r, 0]):, int(window[r, 1]):][:, :self.w, :self.w]
     crops = torch.stack([crop(int(r)) for r in top])
     found.evidence.update(top=top, looks=seen, crops=crops, heat=self.heat(top), clusters=self.k,
                           forwards=dict(self.stages.forwards), seconds={k: round(v, 3) for k, v in self.stages.seconds.items()},
-                          miss_bound=miss_bound(how.look, how.pass_above, how.evidence) if how.sequential else 0.)
+                          miss_bound=miss_bound(how.look, how.pass_above, max(0., self.bar)) if how.sequential else 0.)
     return found
 
 def _suspects(self:Search, window, keep)->dict: # window int64 [N, 4]
