@@ -683,7 +683,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
          model:_O.architecture=None,
          out:_option(Path, '--out', '-o', help='Folder for findings; a killed scan goes on.')=Path('runs/scan'),
          window:_option(str, '--window', help="Side of the window, a share of the picture's; several: in order.")='.27,.36',
-         clusters:_option(str, '--clusters', help='How many, or several in order; by default one for 100 pictures (ten from 80 on), then fewer.')=None,
+         clusters:_option(str, '--clusters', help='How many, or several in order; by default one for 100 pictures, then fewer.')=None,
          search:_option(str, '--search', help='patchsearch, adaptive or all.')=None,
          batch_size:_option(int, '--batch-size', min=1, help='Pictures in one pass; by default what fits their size.')=None,
          seed:_O.seed=0, device:_O.device=None, quiet:_O.quiet=False):
@@ -693,9 +693,10 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
     from bdnb.data.doors import open_corpus
     from bdnb.defenses.poisoncam import PoisonCAM
     from bdnb.scan import scan_corpus, shared_pictures
-    counts = tuple(_whole_numbers('--clusters', clusters)) if clusters is not None else None
-    if counts is not None and (not counts or min(counts) < 2): raise BdnbError(f'--clusters {clusters!r}: needs numbers from 2 on')
-    given = dict(window=_shares('--window', window), clusters=counts[0] if counts and len(counts) == 1 else counts, search=search, batch=batch_size)
+    counts = None if clusters is None else tuple(_whole_numbers('--clusters', clusters))
+    if counts is not None and min(counts, default=0) < 2: raise BdnbError(f'--clusters {clusters!r}: needs numbers from 2 on')
+    if counts and len(counts) == 1: counts = counts[0]
+    given = dict(window=_shares('--window', window), clusters=counts, search=search, batch=batch_size)
     detector = PoisonCAM(seed=seed, **{k: v for k, v in given.items() if v is not None})
     pile = open_corpus(corpus)
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not any((out/n).exists() for n in ('stages', 'encoder'))):

@@ -449,6 +449,7 @@ def _look(self:Search)->tuple: # (score [N], window [N, 4], do enough pictures s
     said = [t[0] | ({} if math.isfinite(self.bar) else dict(bar=None)) for t in tried]            # PatchSearch has no bar
     return s['score'], s['window'], chosen['reached'] >= how.witnesses, said
 
+# %% ../../nbs/defenses/03_poisoncam.ipynb #566b0600
 def _findings(self:Search)->Findings:
     "The whole scan."
     self.prepare()
