@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASKS', 'SEARCHES', 'COARSER', 'SMALL_PILE', 'starts', 'mask_bank', 'coarse_windows', 'masked_features',
-           'dropped_features', 'miss_bound', 'decided', 'paste_crops', 'choose_tests', 'several', 'cluster_counts',
-           'PoisonCAM', 'Search', 'Located', 'windows_of', 'pruned_rounds', 'small_pile_warning']
+           'dropped_features', 'miss_bound', 'decided', 'paste_crops', 'choose_tests', 'several', 'check_clusters',
+           'cluster_counts', 'PoisonCAM', 'Search', 'Located', 'windows_of', 'pruned_rounds', 'small_pile_warning']
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #a93c8ea8
 import math
@@ -120,6 +120,11 @@ def several(value, what='window')->tuple:
     if not found: raise BdnbError(f'poisoncam: {what} is empty: name one or several')
     return found
 
+def check_clusters(asked):
+    "Raises `BdnbError` for what is no number of clusters, and for none of them."
+    for k in () if asked is None else several(asked, 'clusters'):
+        if not isinstance(k, int) or k < 2: raise BdnbError(f'poisoncam: clusters={k!r} must be a whole number, 2 or more')
+
 COARSER = .7, .5      # shares of the number of clusters that are tried when the full number shows nothing (ours)
 
 def cluster_counts(n:int, # pictures
@@ -166,12 +171,10 @@ class PoisonCAM:
                 raise BdnbError(f"poisoncam: {name}='{getattr(self, name)}': {did_you_mean(getattr(self, name), known)}")
         for name, v in [('window', w) for w in several(self.window)] + [(k, getattr(self, k)) for k in _SHARES]:
             if not 0 < v <= 1: raise BdnbError(f"poisoncam: {name}={v} must be above 0, at most 1")
-        for k in () if self.clusters is None else several(self.clusters, 'clusters'):
-            if not isinstance(k, int) or k < 2: raise BdnbError(f'poisoncam: clusters={k!r} must be a whole number, 2 or more')
+        check_clusters(self.clusters)
         if not 0 <= self.skip < 1: raise BdnbError(f"poisoncam: skip={self.skip} must be 0 or more, below 1")
         for name in ('tests', 'look', 'per_round', 'witnesses', 'top_k', 'batch', 'count', 'confirm'):
-            v = getattr(self, name)
-            if v is not None and v < 1: raise BdnbError(f"poisoncam: {name}={v} must be 1 or more")
+            if (v := getattr(self, name)) is not None and v < 1: raise BdnbError(f"poisoncam: {name}={v} must be 1 or more")
 
     def scan(self, corpus, # any corpus; labels are not looked at
              encoder, # `Encoder`
@@ -231,9 +234,8 @@ class Search:
             c = spherical_kmeans(self.z, k, self.how.seed)
             own, similarity = assign(self.z, c.centroids)
             return dict(centroids=c.centroids, own=own, similarity=similarity.float())
-        if k not in self.grouped:
-            self.grouped[k] = self.stages.stage(f'clusters{self.suffix(k)}', lambda: self.stages.once(cluster), 'clusters')
-        c = self.grouped[k]
+        name = f'clusters{self.suffix(k)}'
+        c = self.grouped[k] = self.grouped.get(k) or self.stages.stage(name, lambda: self.stages.once(cluster), 'clusters')
         self.k, self.centroids, self.own, self.base = k, c['centroids'].to(self.device), c['own'], c['similarity']
         rows = choose_tests(self.base, self.own, k, self.how.tests, self.how.seed)
         self.tests, self.test_own = self.gather(rows), self.assign(self.z[rows].to(self.device))
