@@ -242,7 +242,7 @@ class Search:
 
     @property
     def bar(self)->float:
-        "The score that counts as evidence. With fewer clusters than the most that are tried more comes by chance: more is asked for."
+        "The score that counts as evidence: `evidence` with the most clusters that are tried. With fewer, more comes by chance."
         return min(1., self.how.evidence*math.sqrt(max(self.counts)/self.k))
 
     def suffix(self, k)->str:
