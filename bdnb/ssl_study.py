@@ -183,7 +183,8 @@ def _make(self:SslCase, system)->dict:
     if not control:
         found, measures, seconds = self.detect(system)
         again, retraining = self.retrained(system, found)
-        after, more = self.measure(again) | measures, dict(retraining_seconds=retraining, stages=found.evidence['seconds'])
+        after, more = self.measure(again) | measures, dict(retraining_seconds=retraining, stages=found.evidence['seconds'],
+                                                           looks=found.evidence['looks'])
     shares = self.plan.choose(self.data()[0])[1]
     return dict(system=system, attack=self.attack, model=f'{self.study.ssl.method} {self.study.ssl.encoder}', seed=self.seed,
                 rate=shares['share_of_set'], class_rate=shares['share_of_target'], verdict=verdict(before), before=before,

@@ -316,3 +316,9 @@ def test_bad_scans_say_so_in_one_line_and_leave_nothing(tmp_path, line, says):
     out = tmp_path/'out'
     code, _, err = run(line.format(out=out))
     assert code == 2 and says in err and err.count('\n') == 1 and not out.exists()
+
+
+def test_a_small_pile_in_which_most_pictures_reach_the_bar_is_scanned():
+    "Crops for the classifier are at most a quarter of the pile, or nothing would be left to paste them on."
+    found = scan(pile(n=12, every=2)[0], evidence=.001, witnesses=1, tests=12, look=12)
+    assert found.evidence['looks'][0]['reached'] > 3 and not found.probability.isnan().any()

@@ -572,7 +572,9 @@ def test_a_filter_that_spares_nobody_is_no_finding(monkeypatch):
 def test_a_scan_of_other_pictures_is_not_written_over(tmp_path, tiny):
     one, other = (fill(tmp_path/name, 12, 0, broken=False) for name in ('one', 'other'))
     line = ['--encoder', tiny, '--out', tmp_path/'scan', '--clusters', 2, '-q']
-    assert run('scan', f'folder:{one}', *line)[0] == 0 == run('scan', f'folder:{one}', *line)[0]
+    for _ in range(2):
+        code, _, err = run('scan', f'folder:{one}', *line)
+        assert code == 0, err
     before = (tmp_path/'scan'/'findings.csv').read_bytes()
     code, _, err = run('scan', f'folder:{other}', *line)
     assert code == 2 and 'holds the scan of' in err and (tmp_path/'scan'/'findings.csv').read_bytes() == before, err

@@ -461,8 +461,8 @@ def _findings(self:Search)->Findings:
     found = Findings(self.pictures.keys, score, self.own, window, unknown, every, NO_EVIDENCE, {})
     top = found.top(how.top_k)
     if guilty:
-        p = self.stages.stage(f'classifier{self.again}', lambda: self.classify(top[score[top] >= self.bar], score, window),
-                              'classifier')['probability']
+        proof = top[score[top] >= self.bar][:max(1, self.n//4)]                  # of a small pile some must be left to paste on
+        p = self.stages.stage(f'classifier{self.again}', lambda: self.classify(proof, score, window), 'classifier')['probability']
         r = how.filter or self.quick()
         keep = p <= r.threshold
         window = self.stages.stage(f'windows{self.again}', lambda: self.suspects(window, keep), 'windows')['window']
