@@ -683,7 +683,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
          model:_O.architecture=None,
          out:_option(Path, '--out', '-o', help='Folder for findings; a killed scan goes on.')=Path('runs/scan'),
          window:_option(str, '--window', help="Side of the window, a share of the picture's; several: in order.")='.27,.36',
-         clusters:_option(str, '--clusters', help='How many, or several; by default one for 100 pictures, then fewer.')=None,
+         clusters:_option(str, '--clusters', help='How many, or several; by default one for 100, from 1,500 on also fewer.')=None,
          search:_option(str, '--search', help='patchsearch, adaptive or all.')=None,
          batch_size:_option(int, '--batch-size', min=1, help='Pictures in one pass; by default what fits their size.')=None,
          seed:_O.seed=0, device:_O.device=None, quiet:_O.quiet=False):

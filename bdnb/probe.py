@@ -101,6 +101,6 @@ def triggered(corpus, trigger, chunk:int=1024)->torch.Tensor: # uint8 [N, 3, S, 
                       for i in range(0, len(corpus), chunk)])
 
 def verdict(metrics:dict)->str: # 'targeted', 'wrecked' or 'none'
-    "What the trigger does to this encoder: aims it (ASR of a half and more), wrecks it, or little."
+    "What the trigger does: aims at the target (ASR of a half and more), or costs half of the accuracy ('wrecked'), or little."
     if metrics['asr'] >= .5: return 'targeted'
     return 'wrecked' if metrics['pa'] < .5*metrics['ca'] else 'none'
