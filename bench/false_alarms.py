@@ -31,8 +31,8 @@ def scanned(folder, sizes):
     pile = ssl_data('wallpapers', study, seed)[0]
     encoder = load_encoder(folder/'encoder.safetensors').eval()
     found = make_detector('poisoncam', seed=seed, **detectors['poisoncam'] | SIZES[sizes]).scan(pile, encoder, quiet=True)
-    return dict(system='poisoncam', data='wallpapers', attack='none', encoder=folder.name, seed=seed, sizes=sizes, alarm=found.verdict == FOUND,
-                looks=found.evidence['looks'], removed=float((~found.keep).float().mean()))
+    return dict(system='poisoncam', data='wallpapers', attack='none', encoder=folder.name, seed=seed, sizes=sizes,
+                alarm=found.verdict == FOUND, looks=found.evidence['looks'], removed=float((~found.keep).float().mean()))
 
 
 def main():

@@ -11,7 +11,8 @@ seed and poison classifier, so that only the search differs:
 - PatchSearch, repaired, its map taken from `layer2` (where a picture of 32 px still has a map of 8 x 8 cells; the
   last layer of these encoders has 2 x 2, which handicaps every map of it)
 - PoisonCAM full: masks, every picture of the set examined, every crop on all test pictures
-- PoisonCAM: the default, sequential scoring and more search where the score is high
+- PoisonCAM: sequential scoring and more search where the score is high; one size of window and one number of clusters, where the
+  default may look again with fewer clusters
 - PoisonCAM, fast: with coarse-to-fine masks and a second look
 
 Columns: share of *all* poisons whose window covers half of the trigger (localisation; all are localised, also those that a search

@@ -115,7 +115,7 @@ def choose_tests(similarity, assigned, k:int, count:int, seed:int)->torch.Tensor
 _SHARES = 'stride', 'evidence', 'prune'
 
 def several(value, what='window')->tuple:
-    "One or several, as several."
+    "One or several, as several, each once. `BdnbError` for none."
     found = tuple(dict.fromkeys(value)) if isinstance(value, (tuple, list)) else (value,)
     if not found: raise BdnbError(f'poisoncam: {what} is empty: name one or several')
     return found
@@ -125,12 +125,14 @@ def check_clusters(asked):
     for k in () if asked is None else several(asked, 'clusters'):
         if not isinstance(k, int) or k < 2: raise BdnbError(f'poisoncam: clusters={k!r} must be a whole number, 2 or more')
 
-COARSER = .7, .5      # shares of the number of clusters that are tried when the full number shows nothing (ours)
+COARSER = .7, .5      # shares of the number of clusters that are tried when the full number shows too little (ours)
 
 def cluster_counts(n:int, # pictures
                    asked=None, # a number or several
                   )->list: # of numbers of clusters, in the order in which they are tried
-    "By default one for 100 pictures, but ten from 80 on and at most 1000; then fewer, but never fewer than ten."
+    """By default one for 100 pictures, but ten from 80 on and at most 1000; then `COARSER`, but never fewer than ten (ours).
+
+    Never more than there are pictures, and each number once."""
     if asked is not None: return list(dict.fromkeys(min(n, k) for k in several(asked, 'clusters')))
     k = max(2, min(10, n//8), min(1000, n//100))
     return [k, *(round(k*s) for s in COARSER if k*s >= 10)]
