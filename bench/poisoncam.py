@@ -19,7 +19,8 @@ Columns: share of *all* poisons whose window covers half of the trigger (localis
 never examined, outside of the clock), the same over the poisons that it did examine, precision of the twenty best scores, recall
 and precision of what is removed, forward passes, wall and CPU seconds of every stage. The attack puts its trigger near the
 middle, where a window that never moves would cover half of it (`chance`): so localisation is also given for nine tenths of the
-trigger, and for the same pictures with the trigger anywhere in them. Goals: 30 points of localisation above the
+trigger, and for the same pictures with the trigger anywhere in them. `localisation` is the map's answer alone; `reported` is what a
+scan says in the end: PoisonCAM judges the windows of suspects that proved nothing by what they do. Goals: 30 points of localisation above the
 gradient's map, and a tenth of the full search's wall time at the same recall. On a busy machine read the CPU seconds.
 """
 import argparse
@@ -41,7 +42,7 @@ from bdnb.core import BdnbError, limit_threads, read_json, stamp, write_json
 from bdnb.defenses.findings import FOUND, Scan
 from bdnb.defenses.patchsearch import PatchSearch, PatchSearchRun
 from bdnb.defenses.poisoncam import PoisonCAM, Search, cluster_counts
-from bdnb.defenses.poisonfilter import FilterRecipe
+from bdnb.defenses.poisonfilter import FilterRecipe, filter_probability
 from bdnb.evaluate import measuring
 from bdnb.kernels.cam import assign
 from bdnb.models.encoders import encode
@@ -103,6 +104,14 @@ class Split:
             try: return search()
             finally: self.on = False
         run.run, run.locate, run.moved = watched, self.timed('localise', run.locate), self.timed('score', run.moved)
+        network, guilty = run.network, run.guilty
+        run.network = lambda weights: self.keep('net', network(weights))
+        run.guilty = lambda score: self.keep('guilty', guilty(score))
+        self.kept = {}
+
+    def keep(self, name, value):
+        self.kept[name] = value
+        return value
 
     def timed(self, name, method):
         def call(*args):
@@ -133,13 +142,28 @@ def hits(windows, boxes):
     return dict(localisation=mean(covered >= .5), iou=mean(iou(windows, boxes)), **{'localisation@.9': mean(covered >= .9)})
 
 
-def localised(run, case, truth):
+def reported(run, rows, kept):
+    "Windows of poisons as a scan would report them, had its search come to all of them."
+    window, how = torch.cat([run.locate(p).window.cpu() for p in rows.split(16)]), run.how
+    if not kept or not isinstance(how, PoisonCAM): return window                           # PatchSearch reports its map's answer
+    run.how = replace(how, sequential=True, confirm=128)                                   # is the bar reached? no more is asked
+    score = torch.cat([run.examine(p)['score'] for p in rows.split(16)])
+    run.how = how
+    p = filter_probability(kept['net'], run.pictures.gather(rows), run.encoder.normalise, run.device)
+    for i in ((p > how.filter.threshold) & (score < run.bar)).nonzero()[:, 0].split(16):
+        if len(i): window[i] = run.settle(kept['net'], rows[i], kept['guilty'])['window']
+    return window
+
+
+def localised(run, case, truth, kept):
     "Of all poisons, and of the same pictures with the trigger anywhere; and what a window in the middle would get."
     rows, at, w = torch.as_tensor(truth.mask).nonzero()[:, 0], (run.encoder.image_size - run.w)//2, run.w
     middle, out, chance = torch.tensor([at, at, w, w]).expand(len(rows), 4), {}, {}
     locate = lambda: torch.cat([run.locate(p).window.cpu() for p in rows.split(16)])
-    note = lambda boxes, end='': (out.update({k + end: v for k, v in hits(locate(), boxes).items()}),
-                                  chance.update({k + end: v for k, v in hits(middle, boxes).items()}))
+    def note(boxes, end=''):
+        out.update({k + end: v for k, v in hits(locate(), boxes).items()})
+        chance.update({k + end: v for k, v in hits(middle, boxes).items()})
+        out['reported' + end] = hits(reported(run, rows, kept), boxes)['localisation']
     note(truth.boxes[rows])
     if hasattr(case.plan.trigger, 'place'):
         other = replace(case.plan, trigger=replace(case.plan.trigger, place='random')).apply(case.data()[0])
@@ -164,7 +188,7 @@ def measure(case, system, detector):
         split = Split(run)
         found = run.findings()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        places, chance = localised(run, case, truth)
+        places, chance = localised(run, case, truth, split.kept)
     where, quality = found.localisation(truth.boxes), found.filter_quality(truth.mask)
     after = dict(**places, localisation_examined=where['localisation'], recall=quality['recall'], precision=quality['precision'],
                  found=float(found.verdict == FOUND), **{'precision@20': found.precision_at(20, truth.mask)})
@@ -203,7 +227,7 @@ def compared(rows):
                         ratio=ratio(a, b), goal=goal, **more))
     for ours in (OURS, FAST):
         for peer in (RELEASED, REPAIRED, FINE):
-            for key in ('localisation', 'localisation@.9', 'localisation, anywhere'):
+            for key in ('localisation', 'localisation@.9', 'localisation, anywhere', 'reported', 'reported, anywhere'):
                 share = lambda r: 100*r['after'].get(key, float('nan'))
                 race(f'{key}, of all poisons', ours, peer, share, '%', '30 points', lambda a, b: a/b if b else None)
         recall = {f'{k}_recall': by[s]['after']['recall'] for k, s in (('ours', ours), ('peer', FULL)) if s in by}
@@ -216,7 +240,7 @@ def line(r):
     a, s = r['after'], r['stages']
     share = lambda k: f"{100*a[k]:5.1f}" if k in a else '    –'
     spent = ' '.join(f"{k} {v['cpu_seconds']:.1f}" for k, v in s.items())
-    return (f"{r['system']:31} found {share('localisation')}  anywhere {share('localisation, anywhere')}  @20 "
+    return (f"{r['system']:31} found {share('localisation')}  anywhere {share('localisation, anywhere')}  reported {share('reported')}, {share('reported, anywhere')}  @20 "
             f"{share('precision@20')}  recall {share('recall')}  precision {share('precision')}  examined {r['examined']:5} "
             f"({r['examined_poisons']} poisons)  forwards {r['forwards']:9,}  wall {r['seconds']:.1f} s, "
             f"CPU {r['cpu_seconds']:.1f} s: {spent}")

@@ -17,8 +17,9 @@ from bdnb.cli import main
 from bdnb.core import BdnbError, rng, write_json
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Scan
-from bdnb.defenses.poisoncam import PoisonCAM, Search, cluster_counts, mask_bank, masked_features, miss_bound
-from bdnb.defenses.poisonfilter import FilterRecipe
+from bdnb.defenses.poisoncam import (INNOCENTS, PoisonCAM, Search, cluster_counts, mask_bank, masked_features, masked_probability,
+                                     miss_bound)
+from bdnb.defenses.poisonfilter import FilterEnsemble, FilterRecipe, poison_probability
 from bdnb.models.encoders import Encoder, create_encoder, save_encoder
 from bdnb.ssl_study import make_ssl_study
 
@@ -193,6 +194,103 @@ def test_a_second_look_saves_the_rest_of_the_test_pictures():
     assert (short.score[truth] - whole.score[truth]).abs().max() < .2 and short.score[~truth].equal(whole.score[~truth])
 
 
+def settling(monkeypatch, *offers, rows=4, **options):
+    """What `settle` makes of candidates: each offer is 'trigger', where it is, or 'beside', where nothing is."""
+    run, poisons, boxes = searching(window=.25, **options)
+    poisons, guilty = poisons[:rows], torch.zeros(2, dtype=torch.bool)
+    guilty[run.own[poisons[0]]] = True
+    right = boxes[poisons]
+    beside = torch.where(right < 12, 24, 0)*torch.tensor([1, 1, 0, 0]) + torch.tensor([0, 0, 8, 8])
+    windows = torch.stack([right if o == 'trigger' else beside for o in offers], 1)
+    monkeypatch.setattr(run, 'candidates', lambda net, rows: (windows, rows*0 + 5))
+    with torch.no_grad(): return run.settle(None, poisons, guilty), right, beside
+
+
+@pytest.mark.parametrize('offers', [('beside', 'trigger', 'beside'), ('trigger', 'beside', 'beside'),
+                                    ('beside', 'beside', 'trigger')])
+def test_of_three_windows_the_one_that_moves_pictures_is_taken(monkeypatch, offers):
+    found, right, _ = settling(monkeypatch, *offers, look=8, settle=16)
+    assert found['window'].equal(right) and (found['forwards'] == 5 + 3*8 + 8).all() and (found['moved'] >= 8).all()
+
+
+def test_of_windows_that_move_equally_many_the_first_is_taken(monkeypatch):
+    found, _, beside = settling(monkeypatch, 'beside', 'beside', 'beside')
+    assert found['window'].equal(beside) and (found['moved'] == 0).all()
+    found, right, _ = settling(monkeypatch, 'trigger', 'trigger')
+    assert found['window'].equal(right) and (found['forwards'] == 5 + 32 + 52).all()       # there are 52 test pictures, not 128
+
+
+def test_suspects_that_proved_nothing_are_looked_at_again(monkeypatch):
+    "Those whose crop reached the bar keep their window, and so do pictures that are no suspects."
+    corpus, truth, boxes = pile()
+    asked, suspects = [], Search.suspects
+    def blinded(self, net, score, window, keep):
+        "As if the search had gone wrong on every other poison, and had never come to the first."
+        rows = truth.nonzero()[:, 0]
+        score, window = score.clone(), window.clone()
+        score[rows[::2]], window[rows[::2], :2] = 0., 0
+        score[rows[0]], window[rows[0]] = float('nan'), -1
+        asked.append((score, window, keep))
+        return suspects(self, net, score, window, keep)
+    monkeypatch.setattr(Search, 'suspects', blinded)
+    found = scan(corpus)
+    score, window, keep = asked[0]
+    again = ~keep & ~(score >= .08)
+    assert again[truth].sum() == 10 and found.window[~again].equal(window[~again])
+    assert found.localisation(boxes)['localisation'] == 1 and (found.window[~found.keep] >= 0).all()
+    asked = int(again.sum()) + INNOCENTS                   # 49 masks; 32 test pictures of one cluster and all 20 of the other
+    assert found.evidence['forwards']['windows'] == asked*(2*49 + 3*32 + 20)
+
+
+def test_suspects_whose_window_does_nothing_are_acquitted(monkeypatch):
+    "The classifier suspects ten honest pictures too. Their crops move as little as those of pictures that it cleared."
+    corpus, truth, _ = pile()
+    honest, classify = (~truth).nonzero()[:10, 0], Search.classify
+    def suspicious(self, net):
+        p = classify(self, net)['probability']
+        p[honest] = .99
+        return dict(probability=p)
+    monkeypatch.setattr(Search, 'classify', suspicious)
+    strict, found = scan(corpus, acquit=None), scan(corpus)
+    assert not strict.keep[honest].any() and strict.evidence['acquitted'] == 0
+    assert found.keep[honest].all() and found.evidence['acquitted'] >= 10 and (found.probability[honest] == .99).all()
+    assert found.keep[truth].equal(strict.keep[truth]) and found.filter_quality(truth)['precision'] == 1
+    for bad in (-.1, 1):
+        with pytest.raises(BdnbError, match='poisoncam: acquit'): PoisonCAM(acquit=bad)
+
+
+def test_a_settled_scan_goes_on_where_it_was(tmp_path):
+    corpus, _, _ = pile()
+    first, again = (PoisonCAM(clusters=2, tests=64, search='all', filter=quick).scan(corpus, encoder(), out=tmp_path, quiet=True)
+                    for _ in range(2))
+    assert again.keep.equal(first.keep) and again.window.equal(first.window) and again.probability.equal(first.probability)
+    assert again.evidence['forwards'] == first.evidence['forwards'] and again.evidence['acquitted'] == first.evidence['acquitted']
+    (tmp_path/'settled.safetensors').unlink()                              # killed before the last stage
+    assert PoisonCAM(clusters=2, tests=64, search='all', filter=quick).scan(corpus, encoder(), out=tmp_path,
+                                                                            quiet=True).window.equal(first.window)
+
+
+def test_the_classifier_is_asked_under_every_mask():
+    corpus, _, _ = pile(n=20)
+    net = FilterEnsemble(2, 4, 32).eval()
+    masks = mask_bank(32, 9)[:3]
+    with torch.no_grad():
+        p = masked_probability(net, encoder(), corpus.images[:5], masks, batch=4)
+        for i, m in ((0, 0), (3, 1), (4, 2)):
+            view = corpus.images[i].float()[None]/255*~masks[m]
+            assert p[i, m].item() == pytest.approx(poison_probability(net(view)).item(), abs=1e-6)
+    assert p.shape == (5, 3)
+
+
+def test_clusters_of_the_proven_crops():
+    run = searching(clusters=2)[0]
+    run.own = torch.tensor([0]*30 + [1]*3 + [0, 1])
+    score = torch.cat([torch.full((33,), .5), torch.tensor([.01, float('nan')])])
+    assert run.guilty(score).tolist() == [True, False]                 # 3 of 33 are less than a tenth
+    score[:3] = 0.
+    assert run.guilty(score).tolist() == [True, True]                  # 3 of 30 are not
+
+
 def test_two_triggers_at_once():
     corpus, truth, boxes = pile(colours=((255, 0, 0), (0, 255, 0)))
     found = scan(corpus, clusters=3)
@@ -276,6 +374,20 @@ def test_the_race_reads_a_victims_folder_and_its_columns_add_up(tmp_path, monkey
     found = {(r['what'], r['peer']): r['ratio'] for r in race.compared([row, full])}
     assert found['whole scan, wall time', race.FULL] == pytest.approx(10)
     with pytest.raises(BdnbError, match="is named TRIGGER-seedN"): race.victim(tmp_path)
+
+
+def test_the_second_opinion_is_measured_on_both_piles(tmp_path, monkeypatch):
+    bench(monkeypatch, 'poisoncam')
+    suspects, folder = bench(monkeypatch, 'suspects'), tmp_path/'patch-pattern=10-seed3'
+    save_encoder(create_encoder('resnet10/half', 4), folder/'encoder.safetensors')
+    write_json(folder/'training.json', dict(seconds=1.))
+    write_json(folder/'row-none.json', dict(before=dict(ca=.9, pa=.8, asr=.1, fp=.0)))
+    write_json(tmp_path/'study.json', dict(recipe=asdict(make_ssl_study(n=120, epochs=7))))
+    case = bench(monkeypatch, 'poisoncam').victim(folder)
+    eager = PoisonCAM(window=.34, clusters=4, tests=40, look=8, settle=16, evidence=.01, witnesses=1, filter=quick)
+    row = suspects.measure(case, case.plan, 'near the middle', eager)
+    assert row['verdict_of_scan'] == FOUND and set(row['first']) == set(row['after'])
+    assert row['first']['removed'] == row['after']['removed'] + row['acquitted'] and 'first' in suspects.line(row)
 
 
 def test_the_ablation_varies_one_setting_at_a_time(monkeypatch):

@@ -564,7 +564,7 @@ def test_few_pictures_are_called_few(tmp_path):
 
 def test_a_filter_that_spares_nobody_is_no_finding(monkeypatch):
     "It has learned nothing; to leave out every picture helps nobody."
-    monkeypatch.setattr(Search, 'classify', lambda self, *args: dict(probability=torch.ones(self.n)))
+    monkeypatch.setattr(Search, 'classify', lambda self, net: dict(probability=torch.ones(self.n)))
     found = how.scan(ArrayCorpus(torch.stack([*pictures()])), red(), quiet=True)
     assert found.verdict == NO_EVIDENCE and found.keep.all()
 

@@ -109,7 +109,7 @@ class PatchSearch:
     # what PoisonCAM varies and PatchSearch does not
     masks:ClassVar = 'grid'; stride:ClassVar = 1.; count:ClassVar = 1; soft:ClassVar = True; drop:ClassVar = False
     sequential:ClassVar = False; look:ClassVar = 1; pass_above:ClassVar = 0; confirm:ClassVar = None
-    more:ClassVar = 0; skip:ClassVar = 0.
+    more:ClassVar = 0; skip:ClassVar = 0.; acquit:ClassVar = None; settle:ClassVar = 0
     search:ClassVar = 'patchsearch'; evidence:ClassVar = -math.inf; witnesses:ClassVar = 1       # there is always a suspect
 
     def __post_init__(self):
@@ -177,6 +177,11 @@ class PatchSearchRun(Search):
         "Windows of some pictures by their gradient. What is behind the last map needs no backward pass: one pass is counted."
         heat = grad_cam(self.encoder, self.gather(rows), self.target, self.layer)
         return Located(windows_of(heat, self.w), heat, heat.new_zeros(len(rows)), torch.ones(len(rows), dtype=torch.int64))
+
+    def settle(self, net, rows, guilty)->dict:
+        "Windows of suspects that the search did not examine: by the gradient alone, as published."
+        found = self.locate(rows)
+        return dict(window=found.window.cpu(), forwards=found.forwards)
 
     def ranking(self, score)->torch.Tensor: # int64 [N]
         "Best first, pictures that were not examined as 0; as released, ties in the order of an unstable sort."

@@ -1,0 +1,95 @@
+"""What is the second opinion about suspects worth? PoisonCAM's windows and filter before and after it, in the same scan.
+
+    python bench/suspects.py [--folders runs/ssl/patch-pattern=10-seed0,...] [--out results/suspects-poisoncam.json]
+
+Folders are those of `bench/poisoncam.py`: victims of `bdnb tour --only victims`; one that is not there is trained there first.
+Each victim scans two piles: the one that it was trained on, whose triggers lie near the middle, and the same pictures with the
+trigger anywhere. Before: windows by the encoder's masks, and every picture that the poison classifier suspects. After: what the
+scan reports, with windows judged by what they do, and with acquittals.
+
+Columns: localisation (share of windows that cover half of the trigger) of the examined poisons and of those that are removed,
+recall and precision of what is removed; precision of the twenty best scores, whom the second opinion does not touch; and the
+passes and seconds of the second opinion and of the whole scan.
+"""
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from poisoncam import about, finish, settings_of, victims
+from bdnb.attacks.patches import coverage
+from bdnb.core import limit_threads
+from bdnb.defenses.findings import Scan
+from bdnb.defenses.poisoncam import PoisonCAM, Search
+from bdnb.evaluate import measuring
+
+
+class Watched(Search):
+    "A search that remembers what the second opinion was asked about."
+    asked = None
+
+    def suspects(self, net, score, window, keep):
+        rows, self.asked = (~keep & (window[:, 0] < 0)).nonzero()[:, 0], (window.clone(), keep)
+        for r in rows.split(16): self.asked[0][r] = self.locate(r).window.cpu()          # not among the passes that are counted
+        return super().suspects(net, score, window, keep)
+
+
+def share(windows, boxes): return float((coverage(windows, boxes) >= .5).float().mean()) if len(windows) else None
+
+
+def quality(found, truth):
+    "Where the windows lie and how good the removal is."
+    m, removed = torch.as_tensor(truth.mask), ~found.keep
+    named, q = m & removed, found.filter_quality(truth.mask)
+    where = found.localisation(truth.boxes)['localisation'] if (m & found.searched).any() else None
+    return dict(localisation=where, localisation_removed=share(found.window[named], truth.boxes[named]), recall=q['recall'],
+                precision=q['precision'] if removed.any() else None, removed=q['removed'])
+
+
+def measure(case, plan, place, detector):
+    "One victim, one pile: a row."
+    truth, encoder, scan = plan.apply(case.data()[0]), case.victim()[0], Scan(quiet=True)
+    device = next(encoder.parameters()).device
+    with measuring(encoder):
+        start = time.perf_counter()
+        run = Watched(detector, truth.corpus.cache(encoder.image_size), encoder, scan, device)
+        found = run.findings()
+        seconds = time.perf_counter() - start
+    row = dict(system='poisoncam', **about(case), place=place, verdict_of_scan=found.verdict, looks=found.evidence['looks'],
+               after=quality(found, truth), **{'precision@20': found.precision_at(20, truth.mask)}, forwards=dict(scan.forwards),
+               seconds=round(seconds, 1), second_opinion_seconds=round(scan.seconds['windows'], 1))
+    if run.asked:
+        window, keep = run.asked
+        row |= dict(first=quality(replace(found, window=window, keep=keep), truth), acquitted=found.evidence['acquitted'])
+    return row
+
+
+def line(r):
+    say = lambda q: ', '.join(f'{k} {100*v:.1f}' for k, v in q.items() if k != 'removed' and v is not None)
+    both = f"first {say(r.get('first', {}))}; after {say(r['after'])}"
+    return f"{r['attack']}, seed {r['seed']}, {r['place']}: {r['verdict_of_scan']}; {both}"
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--folders', default='runs/ssl/patch-pattern=10-seed0', help='victims, with commas between')
+    p.add_argument('--recipe', default='', help='what the folders do not say of their making: class_rate=.5,epochs=45')
+    p.add_argument('--window', type=float, default=.34, help="share of the picture's side")
+    p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--out', default='results/suspects-poisoncam.json')
+    o = p.parse_args()
+    limit_threads(o.threads)
+    rows = []
+    for case in victims(o):
+        anywhere = replace(case.plan, trigger=replace(case.plan.trigger, place='random'))
+        for place, plan in ('near the middle', case.plan), ('anywhere', anywhere):
+            rows.append(measure(case, plan, place, PoisonCAM(window=o.window, seed=case.seed)))
+            print(line(rows[-1]), file=sys.stderr, flush=True)
+        finish(o, rows, window=o.window)
+
+
+if __name__ == '__main__': main()
