@@ -718,8 +718,10 @@ def _show_scan(found, out):
     e = found.evidence
     told(e['skipped'])
     if 'warning' in e: print(f"bdnb: {e['warning']}", file=sys.stderr)
+    acquitted = [('suspected and acquitted', f"{e['acquitted']:,}")] if e.get('acquitted') else []
     show(found.verdict, ('', ''), [('pictures', f'{len(found.keys):,}'), ('examined', f'{int(found.searched.sum()):,}'),
-                                   ('to leave out', f'{int((~found.keep).sum()):,}'), ('skipped', f"{len(e['skipped']):,}"),
+                                   ('to leave out', f'{int((~found.keep).sum()):,}'), *acquitted,
+                                   ('skipped', f"{len(e['skipped']):,}"),
                                    ('forward passes', f"{sum(e['forwards'].values()):,}")], right=('',))
     if e.get('clean'): print(f"what was kept: {shlex.quote(plain(e['clean']))}")
     print(f"report: {out/'report.html'}")

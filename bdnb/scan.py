@@ -104,6 +104,7 @@ def scan_page(found:Findings, pictures, name:str, command:str, clean:str=None)->
         shots.append(tag('figure', tag('div', trio, cls='trio'), note, cls='shot'))
     facts = dict(pictures=f'{len(found.keys):,}', examined=f'{int(found.searched.sum()):,}', removed=f'{gone:,}',
                  clusters=e['clusters'], skipped=len(e['skipped']))
+    if e.get('acquitted'): facts['acquitted'] = f"{e['acquitted']:,}"                # suspects of the classifier that do nothing
     nothing = 'Nothing was removed. A trigger that covers the whole picture would not show here.'
     words = f'{gone:,} of {len(found.keys):,} pictures should be left out.' if found.verdict == FOUND else nothing
     tried = {f"window of {l['window']:.0%} of the side, {l['clusters']} clusters":

@@ -163,6 +163,7 @@ class SslCase:
         where, quality = found.localisation(truth.boxes), found.filter_quality(truth.mask)
         measures = dict(localisation=where['localisation'], iou=where['iou'], examined_poisons=where['examined'],
                         recall=quality['recall'], precision=quality['precision'], removed=quality['removed'],
+                        acquitted=found.evidence.get('acquitted', 0),
                         found=float(found.verdict == FOUND), forwards=sum(found.evidence['forwards'].values()))
         if int(found.searched.sum()): measures['precision@20'] = found.precision_at(20, truth.mask)
         return found, {k: v for k, v in measures.items() if v == v}, time.time() - start

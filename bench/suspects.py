@@ -34,7 +34,8 @@ class Watched(Search):
 
     def suspects(self, net, score, window, keep):
         rows, self.asked = (~keep & (window[:, 0] < 0)).nonzero()[:, 0], (window.clone(), keep)
-        for r in rows.split(16): self.asked[0][r] = self.locate(r).window.cpu()          # not among the passes that are counted
+        for r in rows.split(16) if len(rows) else ():
+            self.asked[0][r] = self.locate(r).window.cpu()                               # not among the passes that are counted
         return super().suspects(net, score, window, keep)
 
 

@@ -376,7 +376,8 @@ def test_the_race_reads_a_victims_folder_and_its_columns_add_up(tmp_path, monkey
     with pytest.raises(BdnbError, match="is named TRIGGER-seedN"): race.victim(tmp_path)
 
 
-def test_the_second_opinion_is_measured_on_both_piles(tmp_path, monkeypatch):
+@pytest.mark.parametrize('search', ['adaptive', 'all'])
+def test_the_second_opinion_is_measured(tmp_path, monkeypatch, search):
     bench(monkeypatch, 'poisoncam')
     suspects, folder = bench(monkeypatch, 'suspects'), tmp_path/'patch-pattern=10-seed3'
     save_encoder(create_encoder('resnet10/half', 4), folder/'encoder.safetensors')
@@ -384,7 +385,8 @@ def test_the_second_opinion_is_measured_on_both_piles(tmp_path, monkeypatch):
     write_json(folder/'row-none.json', dict(before=dict(ca=.9, pa=.8, asr=.1, fp=.0)))
     write_json(tmp_path/'study.json', dict(recipe=asdict(make_ssl_study(n=120, epochs=7))))
     case = bench(monkeypatch, 'poisoncam').victim(folder)
-    eager = PoisonCAM(window=.34, clusters=4, tests=40, look=8, settle=16, evidence=.01, witnesses=1, filter=quick)
+    eager = PoisonCAM(window=.34, clusters=4, tests=40, look=8, settle=16, evidence=.01, witnesses=1,
+                      search=search, filter=quick)
     row = suspects.measure(case, case.plan, 'near the middle', eager)
     assert row['verdict_of_scan'] == FOUND and set(row['first']) == set(row['after'])
     assert row['first']['removed'] == row['after']['removed'] + row['acquitted'] and 'first' in suspects.line(row)
