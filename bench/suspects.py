@@ -7,9 +7,9 @@ Each victim scans two piles: the one that it was trained on, whose triggers lie 
 trigger anywhere. Before: windows by the encoder's masks, and every picture that the poison classifier suspects. After: what the
 scan reports, with windows judged by what they do, and with acquittals.
 
-Columns: localisation (share of windows that cover half of the trigger) of the examined poisons and of those that are removed,
-recall and precision of what is removed; precision of the twenty best scores, whom the second opinion does not touch; and the
-passes and seconds of the second opinion and of the whole scan.
+Columns: localisation (share of windows that cover half of the trigger) of the examined poisons and of those that the classifier
+suspects, the same poisons before and after; recall and precision of what is removed; precision of the twenty best scores, whom the
+second opinion does not touch; passes of the encoder (not of the classifier), and seconds of the second opinion and of the scan.
 """
 import argparse
 import sys
@@ -23,31 +23,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from poisoncam import about, finish, settings_of, victims
 from bdnb.attacks.patches import coverage
 from bdnb.core import limit_threads
-from bdnb.defenses.findings import Scan
+from bdnb.defenses.findings import FOUND, Scan
 from bdnb.defenses.poisoncam import PoisonCAM, Search
 from bdnb.evaluate import measuring
 
 
 class Watched(Search):
     "A search that remembers what the second opinion was asked about."
-    asked = None
+    asked, extra = None, 0.
 
     def suspects(self, net, score, window, keep):
-        rows, self.asked = (~keep & (window[:, 0] < 0)).nonzero()[:, 0], (window.clone(), keep)
-        for r in rows.split(16) if len(rows) else ():
-            self.asked[0][r] = self.locate(r).window.cpu()                               # not among the passes that are counted
+        rows, self.asked, start = (~keep & (window[:, 0] < 0)).nonzero()[:, 0], (window.clone(), keep), time.perf_counter()
+        for r in rows.split(16) if len(rows) else (): self.asked[0][r] = self.locate(r).window.cpu()
+        self.extra = time.perf_counter() - start                                          # a scan does not do this
         return super().suspects(net, score, window, keep)
 
 
 def share(windows, boxes): return float((coverage(windows, boxes) >= .5).float().mean()) if len(windows) else None
 
 
-def quality(found, truth):
-    "Where the windows lie and how good the removal is."
+def quality(found, truth, suspected):
+    "Where the windows lie, also those of the poisons among `suspected`, and how good the removal is."
     m, removed = torch.as_tensor(truth.mask), ~found.keep
-    named, q = m & removed, found.filter_quality(truth.mask)
+    named, q = m & suspected, found.filter_quality(truth.mask)
     where = found.localisation(truth.boxes)['localisation'] if (m & found.searched).any() else None
-    return dict(localisation=where, localisation_removed=share(found.window[named], truth.boxes[named]), recall=q['recall'],
+    return dict(localisation=where, localisation_suspects=share(found.window[named], truth.boxes[named]), recall=q['recall'],
                 precision=q['precision'] if removed.any() else None, removed=q['removed'])
 
 
@@ -61,17 +61,17 @@ def measure(case, plan, place, detector):
         found = run.findings()
         seconds = time.perf_counter() - start
     row = dict(system='poisoncam', **about(case), place=place, verdict_of_scan=found.verdict, looks=found.evidence['looks'],
-               after=quality(found, truth), **{'precision@20': found.precision_at(20, truth.mask)}, forwards=dict(scan.forwards),
-               seconds=round(seconds, 1), second_opinion_seconds=round(scan.seconds['windows'], 1))
-    if run.asked:
-        window, keep = run.asked
-        row |= dict(first=quality(replace(found, window=window, keep=keep), truth), acquitted=found.evidence['acquitted'])
-    return row
+               acquitted=found.evidence['acquitted'], **{'precision@20': found.precision_at(20, truth.mask)},
+               forwards=dict(scan.forwards), seconds=round(seconds - run.extra, 1),
+               second_opinion_seconds=round(scan.seconds['windows'] - run.extra, 1))
+    if found.verdict != FOUND: return row
+    window, keep = run.asked
+    return row | dict(first=quality(replace(found, window=window, keep=keep), truth, ~keep), after=quality(found, truth, ~keep))
 
 
 def line(r):
     say = lambda q: ', '.join(f'{k} {100*v:.1f}' for k, v in q.items() if k != 'removed' and v is not None)
-    both = f"first {say(r.get('first', {}))}; after {say(r['after'])}"
+    both = f"first {say(r['first'])}; after {say(r['after'])}" if 'first' in r else ''
     return f"{r['attack']}, seed {r['seed']}, {r['place']}: {r['verdict_of_scan']}; {both}"
 
 
@@ -86,8 +86,10 @@ def main():
     limit_threads(o.threads)
     rows = []
     for case in victims(o):
-        anywhere = replace(case.plan, trigger=replace(case.plan.trigger, place='random'))
-        for place, plan in ('near the middle', case.plan), ('anywhere', anywhere):
+        piles = {'near the middle': case.plan}
+        if hasattr(case.plan.trigger, 'place'):
+            piles['anywhere'] = replace(case.plan, trigger=replace(case.plan.trigger, place='random'))
+        for place, plan in piles.items():
             rows.append(measure(case, plan, place, PoisonCAM(window=o.window, seed=case.seed)))
             print(line(rows[-1]), file=sys.stderr, flush=True)
         finish(o, rows, window=o.window)

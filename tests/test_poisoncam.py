@@ -4,7 +4,7 @@ import importlib
 import io
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bdnb.attacks.patches import CTRL
+from bdnb.attacks.patches import CTRL, coverage
 from bdnb.cli import main
 from bdnb.core import BdnbError, rng, write_json
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Scan
-from bdnb.defenses.poisoncam import (INNOCENTS, PoisonCAM, Search, cluster_counts, mask_bank, masked_features, masked_probability,
-                                     miss_bound)
+from bdnb.defenses.poisoncam import (INNOCENTS, Located, PoisonCAM, Search, cluster_counts, mask_bank, masked_features,
+                                     masked_probability, miss_bound)
 from bdnb.defenses.poisonfilter import FilterEnsemble, FilterRecipe, poison_probability
 from bdnb.models.encoders import Encoder, create_encoder, save_encoder
 from bdnb.ssl_study import make_ssl_study
@@ -238,6 +238,7 @@ def test_suspects_that_proved_nothing_are_looked_at_again(monkeypatch):
     again = ~keep & ~(score >= .08)
     assert again[truth].sum() == 10 and found.window[~again].equal(window[~again])
     assert found.localisation(boxes)['localisation'] == 1 and (found.window[~found.keep] >= 0).all()
+    assert not found.keep[truth].any() and keep[~truth].equal(found.keep[~truth])                   # no poison is acquitted
     asked = int(again.sum()) + INNOCENTS                   # 49 masks; 32 test pictures of one cluster and all 20 of the other
     assert found.evidence['forwards']['windows'] == asked*(2*49 + 3*32 + 20)
 
@@ -257,17 +258,74 @@ def test_suspects_whose_window_does_nothing_are_acquitted(monkeypatch):
     assert found.keep[truth].equal(strict.keep[truth]) and found.filter_quality(truth)['precision'] == 1
     for bad in (-.1, 1):
         with pytest.raises(BdnbError, match='poisoncam: acquit'): PoisonCAM(acquit=bad)
+    with pytest.raises(BdnbError, match='poisoncam: settle=None must be 1 or more'): PoisonCAM(settle=None)
 
 
-def test_a_settled_scan_goes_on_where_it_was(tmp_path):
-    corpus, _, _ = pile()
-    first, again = (PoisonCAM(clusters=2, tests=64, search='all', filter=quick).scan(corpus, encoder(), out=tmp_path, quiet=True)
-                    for _ in range(2))
-    assert again.keep.equal(first.keep) and again.window.equal(first.window) and again.probability.equal(first.probability)
+def test_a_settled_scan_goes_on_where_it_was(tmp_path, monkeypatch):
+    "Neither the classifier nor what was heard before the kill is done again."
+    corpus, truth, _ = pile()
+    honest, classify, settle, heard = (~truth).nonzero()[:10, 0], Search.classify, Search.settle, []
+    def suspicious(self, net):
+        p = classify(self, net)['probability']
+        p[honest] = .99
+        return dict(probability=p)
+    def hearing(self, net, rows, guilty):
+        heard.append(rows)
+        if dies and len(heard) > 3: raise KeyboardInterrupt
+        return settle(self, net, rows, guilty)
+    monkeypatch.setattr(Search, 'classify', suspicious)
+    monkeypatch.setattr(Search, 'settle', hearing)
+    go = lambda: PoisonCAM(clusters=2, tests=64, search='all', filter=quick).scan(corpus, encoder(), out=tmp_path, quiet=True)
+    dies = True
+    with pytest.raises(KeyboardInterrupt): go()
+    monkeypatch.setattr('bdnb.defenses.poisoncam.train_filter', lambda *a, **k: pytest.fail('trained again'))
+    dies, first = False, None
+    heard.clear()
+    first = go()
+    assert 0 < len(torch.cat(heard)) and first.evidence['acquitted'] >= 10
+    heard.clear()
+    again = go()
+    assert not heard and again.keep.equal(first.keep) and again.window.equal(first.window)
     assert again.evidence['forwards'] == first.evidence['forwards'] and again.evidence['acquitted'] == first.evidence['acquitted']
-    (tmp_path/'settled.safetensors').unlink()                              # killed before the last stage
-    assert PoisonCAM(clusters=2, tests=64, search='all', filter=quick).scan(corpus, encoder(), out=tmp_path,
-                                                                            quiet=True).window.equal(first.window)
+
+
+def test_who_is_acquitted(monkeypatch):
+    "Who moves no more than nine of ten cleared pictures do; but nobody in a guilty cluster, and nobody who is proven."
+    run = searching()[0]
+    run.own, score, keep = torch.arange(200)//100, torch.full((200,), .01), torch.ones(200, dtype=torch.bool)
+    score[100:105], suspects, said = .5, [100, 110, 10, 11, 12], {110: 0, 10: 0, 11: 3, 12: 2}
+    keep[suspects], window = False, torch.zeros(200, 4, dtype=torch.int64)
+    def settle(net, rows, guilty):
+        assert guilty.tolist() == [False, True]
+        moved = torch.tensor([said.get(int(r), 2) for r in rows])
+        return dict(window=torch.full((len(rows), 4), 7), moved=moved, forwards=moved)
+    monkeypatch.setattr(run, 'settle', settle)
+    found = run.stages.stage('settled', lambda: run.suspects(None, score, window, keep))
+    assert [r for r in suspects if not found['keep'][r]] == [100, 110, 11]
+    assert [r for r in range(200) if found['window'][r, 0] == 7] == [11, 110]            # the others keep theirs
+    run.how = replace(run.how, acquit=None)
+    assert not run.stages.stage('again', lambda: run.suspects(None, score, window, keep))['keep'][suspects].any()
+    run.how, few = replace(run.how, acquit=.9), keep.clone()
+    few[15:100] = False                                                                  # too few are left to compare with
+    assert not run.stages.stage('few', lambda: run.suspects(None, score, window, few))['keep'][suspects].any()
+    none = torch.zeros(200, dtype=torch.bool)
+    assert run.stages.stage('none', lambda: run.suspects(None, score, window, none))['window'].equal(window)
+
+
+class Redness(nn.Module):
+    "A poison classifier that knows: one network, sure by the red pixels that it sees."
+    def forward(self, x):
+        red = ((x[:, 0] > .9) & (x[:, 1] < .1)).float().sum((1, 2))
+        return torch.stack([torch.zeros_like(red), red/8 - 2], 1)[:, None]
+
+
+def test_the_classifier_points_where_the_encoder_does_not(monkeypatch):
+    run, rows, boxes = searching()
+    lost = torch.tensor([0, 0, 9, 9]).expand(len(rows), 4)
+    monkeypatch.setattr(run, 'locate', lambda rows: Located(lost, None, None, torch.ones(len(rows), dtype=torch.int64)))
+    windows, passes = run.candidates(Redness(), rows)
+    assert windows.shape == (len(rows), 3, 4) and windows[:, 0].equal(lost) and (passes == 1).all()
+    for i in 1, 2: assert (coverage(windows[:, i], boxes[rows]) >= .5).float().mean() >= .95, i
 
 
 def test_the_classifier_is_asked_under_every_mask():
@@ -289,6 +347,8 @@ def test_clusters_of_the_proven_crops():
     assert run.guilty(score).tolist() == [True, False]                 # 3 of 33 are less than a tenth
     score[:3] = 0.
     assert run.guilty(score).tolist() == [True, True]                  # 3 of 30 are not
+    run.k, run.own = 20, torch.arange(35) % 20
+    assert run.guilty(score).sum() == 10 and run.guilty(torch.full((35,), .01)).sum() == 0         # of many, those that hold most
 
 
 def test_two_triggers_at_once():
@@ -388,7 +448,7 @@ def test_the_second_opinion_is_measured(tmp_path, monkeypatch, search):
     eager = PoisonCAM(window=.34, clusters=4, tests=40, look=8, settle=16, evidence=.01, witnesses=1,
                       search=search, filter=quick)
     row = suspects.measure(case, case.plan, 'near the middle', eager)
-    assert row['verdict_of_scan'] == FOUND and set(row['first']) == set(row['after'])
+    assert row['verdict_of_scan'] == FOUND and set(row['first']) == set(row['after']) and row['seconds'] > 0
     assert row['first']['removed'] == row['after']['removed'] + row['acquitted'] and 'first' in suspects.line(row)
 
 

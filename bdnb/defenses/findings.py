@@ -40,7 +40,7 @@ class Findings:
     probability: torch.Tensor  # float32 [N] of being poisoned, by the poison classifier; nan: none was trained
     keep: torch.Tensor         # bool [N]: what to train on
     verdict: str               # `FOUND` or `NO_EVIDENCE`
-    evidence: dict             # top, crops, heat, looks, clusters, forwards, seconds, miss_bound, skipped, settings, warning
+    evidence: dict             # top, crops, heat, looks, clusters, acquitted, forwards, seconds, miss_bound, skipped, settings, warning
 
     @property
     def searched(self)->torch.Tensor: # bool [N]

@@ -178,10 +178,12 @@ class PatchSearchRun(Search):
         heat = grad_cam(self.encoder, self.gather(rows), self.target, self.layer)
         return Located(windows_of(heat, self.w), heat, heat.new_zeros(len(rows)), torch.ones(len(rows), dtype=torch.int64))
 
-    def settle(self, net, rows, guilty)->dict:
+    def settle(self, net, rows, guilty)->dict: # window int64 [n, 4], forwards int64 [n]; nobody is acquitted, so nothing is moved
         "Windows of suspects that the search did not examine: by the gradient alone, as published."
         found = self.locate(rows)
         return dict(window=found.window.cpu(), forwards=found.forwards)
+
+    def settling(self)->int: return 1
 
     def ranking(self, score)->torch.Tensor: # int64 [N]
         "Best first, pictures that were not examined as 0; as released, ties in the order of an unstable sort."

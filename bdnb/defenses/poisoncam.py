@@ -164,7 +164,7 @@ class PoisonCAM:
     witnesses:int=5             # and that many pictures must show it (ours)
     top_k:int=20                # crops that train the classifier; a look that shows fewer is not the last
     settle:int=128              # test pictures that judge a suspect whose own crop proved nothing (ours)
-    acquit:float=.9             # it must move more than this share of innocent pictures' do (ours); None: nobody is acquitted
+    acquit:float=.9             # it must move more than this share of cleared pictures' crops do (ours); None: no acquittals
     top_share:float=.1          # best-scored share that is not used as clean (PatchSearch top_p)
     filter:FilterRecipe=None    # None: `FilterRecipe.quick()` under 64 px, the published one from there on
     batch:int=512               # pictures in one pass
@@ -177,11 +177,12 @@ class PoisonCAM:
         for name, v in [('window', w) for w in several(self.window)] + [(k, getattr(self, k)) for k in _SHARES]:
             if not 0 < v <= 1: raise BdnbError(f"poisoncam: {name}={v} must be above 0, at most 1")
         check_clusters(self.clusters)
-        for name in ('skip', 'acquit'):
+        for name, v in ('skip', self.skip), ('acquit', 0 if self.acquit is None else self.acquit):
+            if v is None or not 0 <= v < 1: raise BdnbError(f"poisoncam: {name}={v} must be 0 or more, below 1")
+        for name in ('tests', 'look', 'per_round', 'witnesses', 'top_k', 'batch', 'count', 'settle', 'confirm'):
             v = getattr(self, name)
-            if not 0 <= (v or 0) < 1: raise BdnbError(f"poisoncam: {name}={v} must be 0 or more, below 1")
-        for name in ('tests', 'look', 'per_round', 'witnesses', 'top_k', 'batch', 'count', 'confirm', 'settle'):
-            if (v := getattr(self, name)) is not None and v < 1: raise BdnbError(f"poisoncam: {name}={v} must be 1 or more")
+            if v is None and name != 'confirm' or v is not None and v < 1:
+                raise BdnbError(f"poisoncam: {name}={v} must be 1 or more")
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #d54f7f45
 def _scan(self:PoisonCAM, corpus, # any corpus; labels are not looked at
@@ -478,7 +479,7 @@ def _findings(self:Search)->Findings:
     score, window, guilty, seen = self.look()
     how = self.how
     unknown, every = torch.full((self.n,), math.nan), torch.ones(self.n, dtype=torch.bool)
-    found = Findings(self.pictures.keys, score, self.own, window, unknown, every, NO_EVIDENCE, {})
+    found = Findings(self.pictures.keys, score, self.own, window, unknown, every, NO_EVIDENCE, dict(acquitted=0))
     top = found.top(how.top_k)
     if guilty:
         proof = top[score[top] >= self.bar][:max(1, self.n//4)]                  # of a small pile some must be left to paste on
@@ -490,7 +491,7 @@ def _findings(self:Search)->Findings:
         found.evidence['acquitted'] = int((keep & ~cleared).sum())
         if keep.any(): found = replace(found, probability=p, keep=keep, verdict=FOUND, window=window)
     if warning := small_pile_warning(found): found.evidence['warning'] = warning
-    found.evidence.update(top=top, looks=seen, crops=self.cut(top, window[top]), heat=self.heat(top), clusters=self.k,
+    found.evidence.update(top=top, looks=seen, crops=self.cut(top, found.window[top]), heat=self.heat(top), clusters=self.k,
                           forwards=dict(self.stages.forwards), seconds={k: round(v, 3) for k, v in self.stages.seconds.items()},
                           miss_bound=miss_bound(how.look, how.pass_above, max(0., self.bar)) if how.sequential else 0.)
     return found
@@ -508,8 +509,8 @@ Search.look, Search.findings, Search.heat = _look, _findings, _heat
 Search.quick, Search.ranking = _quick, _ranking
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #bae5ec40
-def _learn(self:Search, guilty, score, window)->dict: # weights
-    "Train the poison classifier on the crops of `guilty`."
+def _learn(self:Search, guilty, score, window)->dict: # the networks' weights, by name
+    "Train the poison classifier on the crops of the rows `guilty`."
     how, r, images = self.how, self.how.filter or self.quick(), self.pictures.images
     order = self.ranking(score)
     clean = order[round(how.top_share*self.n):]
@@ -517,7 +518,7 @@ def _learn(self:Search, guilty, score, window)->dict: # weights
     clean = clean[~torch.isin(clean, torch.cat(validation))]
     self.stages.bar.hint = ''
     self.stages.expect(like=(None, 1), classifier=r.steps)
-    self.stages.expect(like=('classifier', 1/(3*r.batch)), filter=self.n)      # a step goes forwards and back, some three passes
+    self.foresee_filter()
     def train():
         crops = self.cut(guilty, window[guilty])
         with torch.enable_grad():
@@ -531,17 +532,24 @@ def _network(self:Search, weights)->FilterEnsemble:
     net.load_state_dict(weights)
     return net
 
+def _foresee_filter(self:Search):
+    "Every picture will be asked about; a training step goes forwards and back, some three passes."
+    self.stages.expect(like=('classifier', 1/(3*(self.how.filter or self.quick()).batch)), filter=self.n)
+
 def _classify(self:Search, net)->dict: # probability float [N]
     "Ask the poison classifier about every picture."
+    self.stages.bar.hint = ''
+    self.foresee_filter()
     def work(rows):
         return dict(probability=filter_probability(net, self.pictures.gather(rows), self.encoder.normalise, self.device))
     return self.stages.over(torch.arange(self.n), work, self.how.batch, 'filter')
 
-Search.learn, Search.network, Search.classify = _learn, _network, _classify
+Search.learn, Search.network, Search.classify, Search.foresee_filter = _learn, _network, _classify, _foresee_filter
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #58272fea
 INNOCENTS = 64     # pictures that the classifier cleared, with which suspects are compared
 
+@torch.no_grad()
 def masked_probability(net:FilterEnsemble, encoder, images, masks, batch:int=512)->torch.Tensor: # float [B, M]
     "The poison classifier's probability for pictures, uint8 [B, 3, S, S], under masks, bool [M, S, S]."
     pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(len(masks))).to(images.device)
@@ -549,15 +557,15 @@ def masked_probability(net:FilterEnsemble, encoder, images, masks, batch:int=512
     return torch.cat([say(p) for p in pairs.split(batch)]).view(len(images), len(masks))
 
 def _guilty(self:Search, score)->torch.Tensor: # bool [k]
-    "Clusters that hold at least a tenth of the crops that reached the bar."
+    "Clusters that hold at least a tenth of the crops that reached the bar; of very many, those that hold most."
     held = self.own[score >= self.bar].bincount(minlength=self.k)
-    return (10*held >= held.sum()) & (held > 0)
+    return (held > 0) & ((10*held >= held.sum()) | (held == held.max()))
 
 def _candidates(self:Search, net, rows)->tuple: # (int64 [n, 3, 4], passes of the encoder int64 [n])
     "Windows of some pictures: by the encoder; by what the classifier misses and by what suffices it; by the latter alone."
     found, images = self.locate(rows), self.gather(rows)
     bank = mask_bank(self.encoder.image_size, self.w, max(1, self.w//2)).to(self.device)
-    seen = lambda masks: masked_probability(net, self.encoder, images, masks, self.how.batch)
+    seen = lambda masks: masked_probability(net, self.encoder, images, masks, min(256, self.how.batch))
     under, alone = seen(bank), seen(~bank)
     def window(votes):                        # [n, M]: a pixel's heat is the mean vote of the masks that cover it
         return windows_of(torch.einsum('nm,mhw->nhw', votes, bank.float())/bank.sum(0), self.w)
@@ -569,7 +577,7 @@ def _blamed(self:Search, rows, window, guilty, first:int, last:int)->torch.Tenso
     new, crops = ~guilty[self.test_own[first:last]], self.cut(rows, window).to(self.device)     # who is there cannot move there
     return torch.cat([(guilty[now] & new).sum(1) for _, now in self.pasted(rows, crops, first, last)]).cpu()
 
-def _settle(self:Search, net, rows, guilty)->dict:
+def _settle(self:Search, net, rows, guilty)->dict: # window int64 [n, 4], moved int64 [n], forwards int64 [n]
     "Of the candidates of some pictures the one whose crop moves most test pictures, and how many it moves."
     windows, passes = self.candidates(net, rows)
     last = min(self.how.settle, len(self.tests))
@@ -582,18 +590,26 @@ def _settle(self:Search, net, rows, guilty)->dict:
 
 def _suspects(self:Search, net, score, window, keep)->dict: # window int64 [N, 4], keep bool [N]
     "Who stays a suspect, and where: pictures whose crop reached the bar stay as they are; of the others see `settle`."
-    how, doubtful, guilty = self.how, (~keep & ~(score >= self.bar)).nonzero()[:, 0], self.guilty(score)
-    cleared, window, keep = keep.nonzero()[:, 0], window.clone(), keep.clone()
-    if not len(doubtful): return dict(window=window, keep=keep)
-    drawn = torch.randperm(len(cleared), generator=rng('innocents', how.seed))[:INNOCENTS if how.acquit else 0]
-    rows = torch.cat([doubtful, cleared[drawn]])
-    self.stages.expect(rows=len(rows), windows=len(rows)*(2*len(self.early) + 2*how.look + how.settle))
+    how, proven, guilty, window, keep = self.how, score >= self.bar, self.guilty(score), window.clone(), keep.clone()
+    doubtful, elsewhere = (~keep & ~proven).nonzero()[:, 0], ~guilty[self.own]
+    if not len(doubtful) or not keep.any(): return dict(window=window, keep=keep)
+    innocent = (keep & ~proven & elsewhere).nonzero()[:, 0]
+    innocent = innocent[torch.randperm(len(innocent), generator=rng('innocents', how.seed))[:INNOCENTS]]
+    trial = how.acquit is not None and len(innocent) >= INNOCENTS//4             # with fewer there is nothing to compare with
+    rows = torch.cat([doubtful, innocent]) if trial else doubtful
+    self.stages.expect(rows=len(rows), windows=len(rows)*self.settling())
     made = self.stages.over(rows, lambda r: self.settle(net, r, guilty), max(1, how.batch//64))
-    window[doubtful] = made['window'][:len(doubtful)]
-    if len(drawn):
-        moved, innocent = made['moved'].float().split([len(doubtful), len(drawn)])
-        keep[doubtful] = moved <= innocent.quantile(how.acquit)
+    here = made['window'][:len(doubtful)]
+    if trial:
+        moved, usual = made['moved'].float().split([len(doubtful), len(innocent)])
+        keep[doubtful] = (moved <= usual.quantile(how.acquit)) & elsewhere[doubtful]
+    window[doubtful] = torch.where(keep[doubtful][:, None], window[doubtful], here)
     return dict(window=window, keep=keep)
 
+def _settling(self:Search)->int:
+    "Passes of the encoder that `settle` spends on a picture."
+    last = min(self.how.settle, len(self.tests))
+    return 2*len(self.early) + 2*min(self.how.look, last) + last
+
 Search.guilty, Search.candidates, Search.blamed = _guilty, _candidates, _blamed
-Search.settle, Search.suspects = _settle, _suspects
+Search.settle, Search.settling, Search.suspects = _settle, _settling, _suspects
