@@ -36,11 +36,12 @@ class Findings:
     keys: list                 # N names
     score: torch.Tensor        # float32 [N]: share of test pictures that the crop moves into its cluster; nan: not examined
     cluster: torch.Tensor      # int64 [N]
-    window: torch.Tensor       # int64 [N, 4]: top, left, height, width of the suspicious window; -1: nobody looked
+    window: torch.Tensor       # int64 [N, 4]: top, left, height, width of the suspicious window, for suspects whose scored crop
+                               # proved nothing the one of the second opinion; -1: nobody looked
     probability: torch.Tensor  # float32 [N] of being poisoned, by the poison classifier; nan: none was trained
     keep: torch.Tensor         # bool [N]: what to train on
     verdict: str               # `FOUND` or `NO_EVIDENCE`
-    evidence: dict             # top, crops, heat, looks, clusters, acquitted, forwards, seconds, miss_bound, skipped, settings, warning
+    evidence: dict  # top, crops, heat, looks, clusters, acquitted, forwards, seconds, miss_bound, skipped, settings, warning
 
     @property
     def searched(self)->torch.Tensor: # bool [N]

@@ -571,6 +571,7 @@ def _candidates(self:Search, net, rows)->tuple: # (int64 [n, 3, 4], passes of th
         return windows_of(torch.einsum('nm,mhw->nhw', votes, bank.float())/bank.sum(0), self.w)
     return torch.stack([found.window, window(alone - under), window(alone)], 1).cpu(), found.forwards
 
+# %% ../../nbs/defenses/03_poisoncam.ipynb #1de84356
 def _blamed(self:Search, rows, window, guilty, first:int, last:int)->torch.Tensor: # int64 [n] on the CPU
     "How many of the test pictures first..last the crops move into guilty clusters."
     guilty = guilty.to(self.device)
