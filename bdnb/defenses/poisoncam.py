@@ -572,22 +572,19 @@ def _candidates(self:Search, net, rows)->tuple: # (int64 [n, 3, 4], passes of th
     return torch.stack([found.window, window(alone - under), window(alone)], 1).cpu(), found.forwards
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #1de84356
-def _blamed(self:Search, rows, window, guilty, first:int, last:int)->torch.Tensor: # int64 [n] on the CPU
-    "How many of the test pictures first..last the crops move into guilty clusters."
+def _blamed(self:Search, rows, window, guilty, count:int)->torch.Tensor: # int64 [n] on the CPU
+    "How many of the first `count` test pictures the crops move into guilty clusters."
     guilty = guilty.to(self.device)
-    new, crops = ~guilty[self.test_own[first:last]], self.cut(rows, window).to(self.device)     # who is there cannot move there
-    return torch.cat([(guilty[now] & new).sum(1) for _, now in self.pasted(rows, crops, first, last)]).cpu()
+    new, crops = ~guilty[self.test_own[:count]], self.cut(rows, window).to(self.device)     # who is there cannot move there
+    return torch.cat([(guilty[now] & new).sum(1) for _, now in self.pasted(rows, crops, 0, count)]).cpu()
 
 def _settle(self:Search, net, rows, guilty)->dict: # window int64 [n, 4], moved int64 [n], forwards int64 [n]
     "Of the candidates of some pictures the one whose crop moves most test pictures, and how many it moves."
     windows, passes = self.candidates(net, rows)
     last = min(self.how.settle, len(self.tests))
-    first, at = min(self.how.look, last), torch.arange(len(rows))
-    moved = torch.stack([self.blamed(rows, w, guilty, 0, first) for w in windows.unbind(1)], 1)
-    best = moved.argmax(1)
-    window, moved = windows[at, best], moved[at, best]
-    if last > first: moved = moved + self.blamed(rows, window, guilty, first, last)
-    return dict(window=window, moved=moved, forwards=passes + first*windows.shape[1] + last - first)
+    moved = torch.stack([self.blamed(rows, w, guilty, last) for w in windows.unbind(1)], 1).max(1)
+    return dict(window=windows[torch.arange(len(rows)), moved.indices], moved=moved.values,
+                forwards=passes + last*windows.shape[1])
 
 def _suspects(self:Search, net, score, window, keep)->dict: # window int64 [N, 4], keep bool [N]
     "Who stays a suspect, and where: pictures whose crop reached the bar stay as they are; of the others see `settle`."
@@ -609,8 +606,7 @@ def _suspects(self:Search, net, score, window, keep)->dict: # window int64 [N, 4
 
 def _settling(self:Search)->int:
     "Passes of the encoder that `settle` spends on a picture."
-    last = min(self.how.settle, len(self.tests))
-    return 2*len(self.early) + 2*min(self.how.look, last) + last
+    return 2*len(self.early) + 3*min(self.how.settle, len(self.tests))
 
 Search.guilty, Search.candidates, Search.blamed = _guilty, _candidates, _blamed
 Search.settle, Search.settling, Search.suspects = _settle, _settling, _suspects
