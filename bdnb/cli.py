@@ -780,7 +780,7 @@ def _ssl_tour(o):
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):
         raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
     with tidy(out): rows = ssl_tour(out, data, o['test'], None, attacks, systems, numbers, o['results'],
-                                    study, None if name == 'wallpapers' else name, o['reference'], o['quiet'])
+                                    study, None if name == 'wallpapers' else name, o['reference'], o['retrain'], o['quiet'])
     write_json(out/'config.json', describe_run('tour', f"{', '.join(attacks)} against {', '.join(systems) or 'nobody'}", o))
     _show_tour(rows)
     keys = [k for k in ('localisation', 'precision@20', 'recall', 'precision') if any(k in r['after'] for r in rows)]
@@ -830,12 +830,13 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
          epochs:_O.epochs=None,
          again:_option(float, '--again', min=0, help='Self-supervised victims: epochs of the trainings after the scan.')=None,
          reference:_flag('--reference/--no-reference', help='Self-supervised victims: train on the clean pictures too.')=True,
+         retrain:_flag('--retrain/--no-retrain', help='Self-supervised victims: train again after the scan.')=True,
          batch_size:_O.batch_size=None, precision:_O.precision=None, quiet:_O.quiet=False):
     "Attack by defence: poison, train, measure, cleanse and measure again, for every attack, system and seed."
     options = dict(locals())
     from bdnb.ssl_study import ERASE, detectors
     if _names(only) and {s.removesuffix(ERASE) for s in _names(only)} <= {'victims', *detectors()}: return _ssl_tour(options)
-    for used, named in ((again is not None, '--again'), (not reference, '--no-reference')):
+    for used, named in ((again is not None, '--again'), (not reference, '--no-reference'), (not retrain, '--no-retrain')):
         if used: raise BdnbError(f'{named} is for self-supervised victims: give it with --only poisoncam')
     if 'bcu' in _names(only): return _bcu_tour(options)
     from bdnb.study import DEFENSES, make_recipe, tour as run_tour

@@ -176,24 +176,26 @@ class SslCase:
         return self.encoder(self.folder/system/'retrained', clean, again=True)
 
 # %% ../nbs/app/04_ssl_study.ipynb #1685ef93
-def _make(self:SslCase, system)->dict:
-    "A row, made now."
+def _make(self:SslCase, system, retrain=True)->dict:
+    "A row, made now; without a training after the scan it says of the encoder only what the victim is."
     control = system in CONTROLS + AGAINS
     (encoder, seconds), more = self.control(system) if control else self.victim(), {}
     before = after = self.measure(encoder)
     if not control:
         found, measures, seconds = self.detect(system)
-        again, retraining = self.retrained(system, found)
-        after, more = self.measure(again) | measures, dict(retraining_seconds=retraining, stages=found.evidence['seconds'],
-                                                           looks=found.evidence['looks'])
+        after, more = measures, dict(stages=found.evidence['seconds'], looks=found.evidence['looks'])
+        if retrain:
+            again, more['retraining_seconds'] = self.retrained(system, found)
+            after = self.measure(again) | measures
     shares = self.plan.choose(self.data()[0])[1]
     return dict(system=system, attack=self.attack, model=f'{self.study.ssl.method} {self.study.ssl.encoder}', seed=self.seed,
                 rate=shares['share_of_set'], class_rate=shares['share_of_target'], verdict=verdict(before), before=before,
                 after=after, seconds=seconds, peak_bytes=peak_bytes(), **more)
 
-def _row(self:SslCase, system)->dict:
+def _row(self:SslCase, system, retrain=True)->dict:
     path = self.folder/f'row-{system}.json'
-    if not path.exists(): write_json(path, self.make(system))
+    if not retrain and system not in CONTROLS + AGAINS and not path.exists(): path = self.folder/f'row-{system}-scan.json'
+    if not path.exists(): write_json(path, self.make(system, retrain))
     return read_json(path)
 
 SslCase.make, SslCase.row = _make, _row
@@ -209,6 +211,7 @@ def ssl_tour(out, # folder for encoders, logs, scans and rows; a finished row is
              study:SslStudy=None, # the recipe; the default one otherwise
              name=None, # what the rows call the data
              reference=True, # also train on the clean pictures, as controls
+             retrain=True, # train an encoder again after every scan
              quiet=False): # list of rows
     "Poison, train, probe, scan, retrain, probe. Raises `BdnbError` for unknown names before anything is trained."
     out, study, rows = Path(out), study or SslStudy(), []
@@ -224,6 +227,7 @@ def ssl_tour(out, # folder for encoders, logs, scans and rows; a finished row is
             return corpora
         for attack in attacks:
             case = SslCase(out/f'{re.sub("[^a-zA-Z0-9_.=,-]", "-", attack)}-seed{seed}', attack, seed, study, opened, quiet)
-            rows += [{'data': name, **case.row(s)} for s in (*named(CONTROLS), *systems, *named(AGAINS if study.again else ()))]
+            asked = *named(CONTROLS), *systems, *named(AGAINS if study.again and retrain else ())
+            rows += [{'data': name, **case.row(s, retrain)} for s in asked]
     if results: write_json(results, {'study': Path(results).stem, **stamp(), 'recipe': asdict(study), 'rows': rows})
     return rows

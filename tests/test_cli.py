@@ -286,6 +286,7 @@ mistakes = {
     'tour: unknown only': ('tour --only cleanclap', ["'cleanclap'", '--only']),
     'tour: --again elsewhere': ('tour --again 3', ['--again', '--only poisoncam']),
     'tour: --no-reference elsewhere': ('tour --no-reference', ['--no-reference', '--only poisoncam']),
+    'tour: --no-retrain elsewhere': ('tour --no-retrain', ['--no-retrain', '--only poisoncam']),
     'tour: seeds': ('tour --seeds 0,one', ["'0,one'", '--seeds']),
     'tour: no test set': ("tour --data 'folder:{bad}/plain'", ['--test']),
     'tour: target': ('tour --target sta --n 64 --test-n 24 --clean-n 24', ["'sta'"]),
