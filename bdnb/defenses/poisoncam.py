@@ -6,7 +6,7 @@
 __all__ = ['MASKS', 'SEARCHES', 'COARSER', 'SMALL_PILE', 'INNOCENTS', 'starts', 'mask_bank', 'coarse_windows', 'masked_features',
            'dropped_features', 'miss_bound', 'decided', 'paste_crops', 'choose_tests', 'several', 'check_clusters',
            'cluster_counts', 'PoisonCAM', 'Search', 'Located', 'windows_of', 'pruned_rounds', 'small_pile_warning',
-           'masked_probability']
+           'Look', 'masked_probability']
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #a93c8ea8
 import math
@@ -453,6 +453,14 @@ def small_pile_warning(found)->str:
             'Look at the crops before you leave anything out.')
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #2e2f8e1e
+class Look(NamedTuple):
+    "What one size of window and number of clusters showed."
+    said: dict           # window, clusters, bar, best, reached
+    score: torch.Tensor  # float32 [N]
+    window: torch.Tensor # int64 [N, 4]
+    floor: float         # the drop under which a picture was not scored
+    name: str            # what its stages' names end with
+
 def _look(self:Search)->tuple: # (score [N], window [N, 4], do enough pictures show it?, a dict for every look)
     "One size of window and number of clusters after the other, until pictures enough for the classifier show a trigger."
     how, tried, shares = self.how, [], several(self.how.window)
@@ -463,14 +471,16 @@ def _look(self:Search)->tuple: # (score [N], window [N, 4], do enough pictures s
         if how.skip: self.floor = self.stages.stage(f'floor{again}', self.quiet_drop, 'floor')['floor']
         s = self.stages.stage(f'search{again}', self.run, 'search')
         best, reached = float(s['score'].nan_to_num(0.).max()), int((s['score'] >= self.bar).sum())
-        tried.append((dict(window=float(share), clusters=k, bar=self.bar, best=best, reached=reached), s, self.floor, again))
+        said = dict(window=float(share), clusters=k, bar=self.bar, best=best, reached=reached)
+        tried.append(Look(said, s['score'], s['window'], self.floor, again))
         if reached >= max(how.witnesses, how.top_k): break
-    chosen, s, self.floor, self.again = max(tried, key=lambda t: (t[0]['reached'], t[0]['best']/t[0]['bar']))
+    look = max(tried, key=lambda t: (t.said['reached'], t.said['best']/t.said['bar']))
+    chosen, self.floor, self.again = look.said, look.floor, look.name
     if chosen['clusters'] != self.k: self.regroup(chosen['clusters'])
     self.look_through(chosen['window'])
     self.z = None                                                                # nobody clusters any more
-    said = [t[0] | ({} if math.isfinite(self.bar) else dict(bar=None)) for t in tried]            # PatchSearch has no bar
-    return s['score'], s['window'], chosen['reached'] >= how.witnesses, said
+    said = [t.said | ({} if math.isfinite(self.bar) else dict(bar=None)) for t in tried]          # PatchSearch has no bar
+    return look.score, look.window, chosen['reached'] >= how.witnesses, said
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #566b0600
 def _findings(self:Search)->Findings:
