@@ -28,6 +28,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections import Counter, defaultdict
@@ -277,7 +278,7 @@ def finish(o, rows, **more):
     "Write the file."
     words = [re.sub(r'/[^,]*/(?=[^/,]+/[^/,]+)', '', w) for w in sys.argv[1:]]              # folders without what is above them
     script = Path(sys.argv[0]).name
-    write_json(o.out, dict(study=Path(o.out).stem, **stamp(' '.join([f'python bench/{script}', *words])), rows=rows,
+    write_json(o.out, dict(study=Path(o.out).stem, **stamp(shlex.join(['python', f'bench/{script}', *words])), rows=rows,
                            threads=o.threads, load=[round(v, 2) for v in os.getloadavg()], **more))
 
 
