@@ -164,7 +164,7 @@ class PoisonCAM:
     witnesses:int=5             # and that many pictures must show it (ours)
     top_k:int=20                # crops that train the classifier; a look that shows fewer is not the last
     settle:int=128              # test pictures that judge a suspect whose own crop proved nothing (ours)
-    acquit:float=.9             # it must move more than this share of cleared pictures' crops do (ours); None: no acquittals
+    acquit:float=.9             # a suspect must move more than this share of cleared pictures do (ours); None: no acquittals
     top_share:float=.1          # best-scored share that is not used as clean (PatchSearch top_p)
     filter:FilterRecipe=None    # None: `FilterRecipe.quick()` under 64 px, the published one from there on
     batch:int=512               # pictures in one pass
