@@ -148,12 +148,11 @@ def reported(run, rows, kept):
     "Windows of poisons as a scan would report them, had its search come to all of them."
     window, how = torch.cat([run.locate(p).window.cpu() for p in rows.split(16)]), run.how
     if not kept or not isinstance(how, PoisonCAM): return window                           # PatchSearch reports its map's answer
-    r = how.filter or run.quick()
     run.how = replace(how, sequential=True, confirm=128)                                   # is the bar reached? no more is asked
     score = torch.cat([run.examine(p)['score'] for p in rows.split(16)])
     run.how = how
     p = filter_probability(kept['net'], run.pictures.gather(rows), run.encoder.normalise, run.device)
-    for i in ((p > r.threshold) & (score < run.bar)).nonzero()[:, 0].split(16):
+    for i in ((p > run.recipe.threshold) & (score < run.bar)).nonzero()[:, 0].split(16):
         if len(i): window[i] = run.settle(kept['net'], rows[i], kept['guilty'])['window']
     return window
 

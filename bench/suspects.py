@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from poisoncam import about, finish, settings_of, victims
-from bdnb.attacks.patches import coverage
+from poisoncam import about, finish, hits, settings_of, victims
 from bdnb.core import limit_threads
 from bdnb.defenses.findings import FOUND, Scan
 from bdnb.defenses.poisoncam import PoisonCAM, Search
@@ -39,15 +38,13 @@ class Watched(Search):
         return super().suspects(net, score, window, keep)
 
 
-def share(windows, boxes): return float((coverage(windows, boxes) >= .5).float().mean()) if len(windows) else None
-
-
 def quality(found, truth, suspected):
     "Where the windows lie, also those of the poisons among `suspected`, and how good the removal is."
     m, removed = torch.as_tensor(truth.mask), ~found.keep
     named, q = m & suspected, found.filter_quality(truth.mask)
     where = found.localisation(truth.boxes)['localisation'] if (m & found.searched).any() else None
-    return dict(localisation=where, localisation_suspects=share(found.window[named], truth.boxes[named]), recall=q['recall'],
+    on = hits(found.window[named], truth.boxes[named])['localisation'] if named.any() else None
+    return dict(localisation=where, localisation_suspects=on, recall=q['recall'],
                 precision=q['precision'] if removed.any() else None, removed=q['removed'])
 
 

@@ -495,7 +495,7 @@ def _findings(self:Search)->Findings:
         proof = top[score[top] >= self.bar][:max(1, self.n//4)]                  # of a small pile some must be left to paste on
         net = self.network(self.stages.stage(f'networks{self.again}', lambda: self.learn(proof, score, window), 'classifier'))
         p = self.stages.stage(f'classifier{self.again}', lambda: self.classify(net), 'classifier')['probability']
-        cleared = p <= (how.filter or self.quick()).threshold
+        cleared = p <= self.recipe.threshold
         settled = self.stages.stage(f'settled{self.again}', lambda: self.suspects(net, score, window, cleared), 'windows')
         window, keep = settled['window'], settled['keep']
         found.evidence['acquitted'] = int((keep & ~cleared).sum())
@@ -517,11 +517,12 @@ def _ranking(self:Search, score)->torch.Tensor: # int64 [N]
 
 Search.look, Search.findings, Search.heat = _look, _findings, _heat
 Search.quick, Search.ranking = _quick, _ranking
+Search.recipe = property(lambda self: self.how.filter or self.quick())            # of the poison classifier
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #bae5ec40
 def _learn(self:Search, guilty, score, window)->dict: # the networks' weights, by name
     "Train the poison classifier on the crops of the rows `guilty`."
-    how, r, images = self.how, self.how.filter or self.quick(), self.pictures.images
+    how, r, images = self.how, self.recipe, self.pictures.images
     order = self.ranking(score)
     clean = order[round(how.top_share*self.n):]
     validation = guilty, order[-len(guilty):]
@@ -537,14 +538,14 @@ def _learn(self:Search, guilty, score, window)->dict: # the networks' weights, b
     return self.stages.once(train)
 
 def _network(self:Search, weights)->FilterEnsemble:
-    r = self.how.filter or self.quick()
+    r = self.recipe
     net = FilterEnsemble(r.models, r.width, self.encoder.image_size).to(self.device).eval()
     net.load_state_dict(weights)
     return net
 
 def _foresee_filter(self:Search):
     "Every picture will be asked about; a training step goes forwards and back, some three passes."
-    self.stages.expect(like=('classifier', 1/(3*(self.how.filter or self.quick()).batch)), filter=self.n)
+    self.stages.expect(like=('classifier', 1/(3*self.recipe.batch)), filter=self.n)
 
 def _classify(self:Search, net)->dict: # probability float [N]
     "Ask the poison classifier about every picture."
