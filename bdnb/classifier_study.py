@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIER_DEFENSES', 'CONTROLS', 'UNLABELLED', 'CLASSIFIER_RECIPES', 'TABLE_CLASSIFIER_ATTACKS', 'ClassifierRecipe',
-           'make_classifier_recipe', 'classifier_data', 'Pool', 'pool_name', 'fill_pool', 'make_victim', 'learn',
-           'learn_swiftly', 'ClassifierCase', 'check_tour', 'classifier_tour', 'told', 'study_options', 'changed',
-           'main']
+           'make_classifier_recipe', 'classifier_data', 'Pool', 'pool_name', 'choose_n', 'fill_pool', 'make_victim',
+           'learn', 'learn_swiftly', 'ClassifierCase', 'check_tour', 'check_pools', 'classifier_tour', 'told',
+           'study_options', 'changed', 'main']
 
 # %% ../nbs/app/03_classifier_study.ipynb #7ec3cafd
 import argparse, hashlib, json, re, shutil, time
@@ -139,12 +139,17 @@ def pool_name(data):
     return '/'.join(path_of(data).parts[-2:]) + more or data
 
 # %% ../nbs/app/03_classifier_study.ipynb #37d09dbe
+def choose_n(choice:Pool, pool):
+    "How many pictures are taken; None for all. `BdnbError` where there are not so many."
+    if choice.n is not None and not 0 < choice.n <= len(pool):
+        raise BdnbError(f"{pool.name}: {choice.n} of {len(pool)} pictures cannot be taken")
+    return choice.n
+
 def fill_pool(choice:Pool, pool, # the study's own, clean and labelled
               size:int, seed:int, trigger:Trigger, target:str)->ArrayCorpus:
     "The pictures of a `Pool`, in memory."
     if choice.data: pool = open_corpus(choice.data).cache(size)._with(labels=None, classes=None)
-    if choice.n is not None:
-        if not 0 < choice.n <= len(pool): raise BdnbError(f"{pool.name}: {choice.n} of {len(pool)} pictures cannot be taken")
+    if choose_n(choice, pool) is not None:
         pool = pool.subset(np.sort(torch.randperm(len(pool), generator=rng('pool', seed)).numpy()[:choice.n]))
     if not choice.poisoned: return pool
     if not 0 < choice.poisoned < 1: raise BdnbError(f"poisoned={choice.poisoned}: give a share between 0 and 1")
@@ -269,10 +274,16 @@ def check_tour(attacks, defenses, seeds, pools, recipe):
     for a in attacks: make_supervised_attack(a, recipe.target, **recipe.attacks.get(a, {}))
     for a in recipe.attacks:
         if a not in SUPERVISED_ATTACKS: raise BdnbError(f"recipe: unknown attack {a!r}; {did_you_mean(a, SUPERVISED_ATTACKS)}")
+    if recipe.augment not in VIEWS: raise BdnbError(f"recipe: augment={recipe.augment!r} must be True, 'crop' or False")
     labelled = [d for d in cures if d not in UNLABELLED]
     for p in pools:
+        if not 0 <= p.poisoned < 1: raise BdnbError(f"pool: poisoned={p.poisoned}: give a share from 0 to below 1")
         if p.data and labelled: raise BdnbError(f"pool {p.data}: {labelled[0]} needs the victim's labels; without them: "
                                                 f"{', '.join(UNLABELLED)}")
+
+def check_pools(pools, opened):
+    "`BdnbError` for a pool that has not so many pictures, before a victim is trained."
+    for p in pools: choose_n(p, open_corpus(p.data) if p.data else opened()[1])
 
 def classifier_tour(out, # folder for models, logs and rows; a finished row is never made again
                     data='shapes', # 'shapes', or a corpus specification of the training set
@@ -295,6 +306,7 @@ def classifier_tour(out, # folder for models, logs and rows; a finished row is n
         opened = lru_cache(None)(lambda seed=seed: classifier_data(data, recipe, seed, test))
         for attack in attacks:
             case = ClassifierCase(out/f'{attack}-seed{seed}', attack, seed, recipe, opened, quiet)
+            if not (case.folder/'victim.json').exists(): check_pools(pools, opened)
             rows.append({'data': name, **case.row('none')})
             once, cures = ([s for s in defenses if (s in CONTROLS) == control] for control in (True, False))
             found = [case.row(s) for s in once] + [case.row(s, choice) for choice in pools for s in cures]

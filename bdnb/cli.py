@@ -644,6 +644,7 @@ def _encoder(checkpoint, train, architecture, pictures, out, quiet, seed, device
     from bdnb.models.encoders import load_encoder, save_encoder
     if (checkpoint is None) == (train is None): raise BdnbError('give either --encoder CHECKPOINT or --train METHOD')
     if checkpoint is not None: return load_encoder(checkpoint, architecture).eval()
+    if architecture is not None: raise BdnbError('--model is for --encoder; what --train trains is fixed by its name')
     from bdnb.defenses.findings import contents
     from bdnb.models.checkpoint import read_header
     from bdnb.objectives.ssl import train_encoder
@@ -770,13 +771,15 @@ def _ssl_tour(o):
     name = 'wallpapers' if o['recipe'] == 'shapes' or o['recipe'] in SSL_METHODS else o['recipe']
     given['method'] = o['recipe'] if o['recipe'] in SSL_METHODS else None
     study = make_ssl_study(name, **{k: v for k, v in given.items() if v is not None})
-    attacks = _attacks(o['attacks']) if o['attacks'] != 'badnet' else ['patch:pattern=10']
+    attacks = _attacks(o['attacks'] or 'patch:pattern=10')
     systems = [s for s in _names(o['only']) if s != 'victims']
     numbers = _whole_numbers('--seeds', o['seeds'])
     if not attacks or not numbers: raise BdnbError('--attacks and --seeds: name at least one')
     for k in ('clean', 'clean_n', 'model', 'precision'):
         if o[k] is not None: raise BdnbError(f"--{k.replace('_', '-')}: self-supervised victims have no such option")
     data, out = 'wallpapers' if o['data'] == 'shapes' else o['data'], o['out']
+    for k in ('n', 'test_n') if data != 'wallpapers' else ('test',):
+        if o[k] is not None: raise BdnbError(f"--{k.replace('_', '-')}: {'only for the drawn pictures' if k != 'test' else 'needs --data'}")
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):
         raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
     with tidy(out): rows = ssl_tour(out, data, o['test'], None, attacks, systems, numbers, o['results'],
@@ -796,7 +799,7 @@ def _bcu_tour(o):
     check_learning(None, o['precision'])
     asked = {**{k: o[k] for k in 'target n test_n epochs batch_size precision'.split()}, 'arch': o['model'],
              'image_size': o['size'], 'pool_n': o['clean_n']}
-    wanted = {'all': list(TABLE_CLASSIFIER_ATTACKS), 'badnet': ['badnets', 'blended']}.get(o['attacks'], _names(o['attacks']))
+    wanted = list(TABLE_CLASSIFIER_ATTACKS) if o['attacks'] == 'all' else _names(o['attacks'] or 'badnets,blended')
     study = make_classifier_recipe(o['recipe'], **{k: v for k, v in asked.items() if v is not None})
     if o['rate'] is not None: study = study.with_rate(wanted, o['rate'])
     systems, out = list(dict.fromkeys(['kd_only', *_names(o['only'])])), o['out']
@@ -818,7 +821,7 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
          data:_option(str, '--data', help='shapes, or a corpus.')='shapes', test:_O.test=None,
          recipe:_option(str, '--recipe', help='Settings to start from; a wrong name lists them.')='shapes',
          clean:_option(str, '--clean', help='Clean corpus for the cures; by default held out of --data.')=None,
-         attacks:_option(str, '--attacks', help='Names with commas between, or all.')='badnet',
+         attacks:_option(str, '--attacks', help='Names with commas between, or all; by default badnet, or what fits the victim.')=None,
          defenses:_option(str, '--defenses', help='Names with commas between.')='finetune,cleanclip',
          only:_option(str, '--only', help='Only these: finetune, cleanclip; bcu; poisoncam, patchsearch, victims.')=None,
          seeds:_option(str, '--seeds', help='With commas between.')='0',
@@ -844,7 +847,7 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
     given = {k: options[k] for k in 'target rate model epochs n test_n clean_n batch_size precision'.split()}
     given['image_size'] = size
     study = make_recipe(recipe, **{k: v for k, v in given.items() if v is not None})
-    systems, wanted, numbers = _names(only or defenses), _attacks(attacks), _whole_numbers('--seeds', seeds)
+    systems, wanted, numbers = _names(only or defenses), _attacks(attacks or 'badnet'), _whole_numbers('--seeds', seeds)
     others = ('bcu', 'victims', *detectors()) if only else ()
     for s in systems: check_choice('--only' if only else '--defenses', s, [*DEFENSES, *others])
     own = [s for s in systems if s not in DEFENSES]

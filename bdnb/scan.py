@@ -36,7 +36,10 @@ def write_findings(found:Findings, out):
         write_keys(out/name, [r['key'] for r in rows if r['keep'] is keep])
     try: import pyarrow as pa, pyarrow.parquet as pq
     except ImportError: return
-    with atomic_write(out/'findings.parquet') as tmp: pq.write_table(pa.Table.from_pylist(rows), tmp)
+    whole, real = dict.fromkeys(('cluster', 'top', 'left', 'height', 'width'), pa.int64()), pa.float64()
+    kinds = dict(key=pa.string(), score=real, **whole, probability=real, keep=pa.bool_())          # also where a column is empty
+    with atomic_write(out/'findings.parquet') as tmp:
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema([(c, kinds[c]) for c in COLUMNS])), tmp)
 
 # %% ../nbs/app/05_scan.ipynb #b7d2409f
 def _table_of(corpus):
@@ -99,13 +102,16 @@ def scan_page(found:Findings, pictures, name:str, command:str, clean:str=None)->
         x = pictures.gather([r])[0]
         trio = [tag('span', _image(v, k), k) for k, v in (('picture', framed(x, found.window[r])), ('heat', heated(x, heat)),
                                                            ('crop', crop))]
-        said = tag('small', f' score {float(found.score[r]):.2f}', cls='what')
+        chance = '' if found.probability[r].isnan() else f', classifier {float(found.probability[r]):.0%}'
+        said = tag('small', f" score {float(found.score[r]):.2f}{chance}, {'kept' if found.keep[r] else 'removed'}", cls='what')
         note = tag('figcaption', tag('bdi', tag('b', found.keys[r])), said)
         shots.append(tag('figure', tag('div', trio, cls='trio'), note, cls='shot'))
     facts = dict(pictures=f'{len(found.keys):,}', examined=f'{int(found.searched.sum()):,}', removed=f'{gone:,}',
                  clusters=e['clusters'], skipped=len(e['skipped']))
     if e.get('acquitted'): facts['acquitted'] = f"{e['acquitted']:,}"                # suspects of the classifier that do nothing
-    nothing = 'Nothing was removed. A trigger that covers the whole picture would not show here.'
+    nothing = 'Nothing was removed.'
+    if 'inseparable' not in e: nothing += ' A trigger that covers the whole picture would not show here.'
+    more = tag('p', f"and {len(e['skipped']) - 50:,} more, see scan.json") if len(e['skipped']) > 50 else Html('')
     words = f'{gone:,} of {len(found.keys):,} pictures should be left out.' if found.verdict == FOUND else nothing
     tried = {f"window of {l['window']:.0%} of the side, {l['clusters']} clusters":
              f"best score {l['best']:.2f}, {l['reached']:,} pictures reach {l['bar']:.2f}" for l in e.get('looks', ())
@@ -121,7 +127,7 @@ def scan_page(found:Findings, pictures, name:str, command:str, clean:str=None)->
         tag('section', tag('h2', 'Looks'), rows(tried)) if tried else Html(''),
         tag('section', tag('h2', 'Work'), rows({f'{k}, forward passes': f'{v:,}' for k, v in e['forwards'].items()} |
                                               {f'{k}, seconds': v for k, v in e['seconds'].items()})),
-        tag('section', tag('h2', 'Left out'), rows(dict(e['skipped'][:50]))) if e['skipped'] else Html(''),
+        tag('section', tag('h2', 'Could not be read'), rows(dict(e['skipped'][:50])), more) if e['skipped'] else Html(''),
         tag('section', tag('h2', 'What was kept'), tag('pre', clean)) if clean else Html(''),
         tag('section', tag('h2', 'Again'), tag('pre', command)))
 
@@ -155,7 +161,8 @@ def _write_scan(found, pictures, corpus, out, command, line):
     write_findings(found, out)
     found.evidence['clean'] = clean = write_clean(found, out, corpus, line)
     plain = {k: v for k, v in found.evidence.items() if not torch.is_tensor(v)}
-    write_json(out/'scan.json', dict(verdict=found.verdict, removed=int((~found.keep).sum()), corpus=line, **plain,
+    write_json(out/'scan.json', dict(verdict=found.verdict, removed=int((~found.keep).sum()), corpus=line,
+                                     image_size=pictures.image_size[0], **plain,
                                      stamp=stamp(command or None)))
     text = scan_page(found, pictures, corpus.name, command, clean)
     with atomic_write(out/'report.html') as tmp: tmp.write_text(text, encoding='utf-8', errors='backslashreplace')

@@ -7,7 +7,7 @@ __all__ = ['SSL_METHODS', 'SSL_STUDIES', 'AGAIN', 'CONTROLS', 'AGAINS', 'ERASE',
            'detectors', 'make_detector', 'ssl_data', 'SslCase', 'ssl_tour']
 
 # %% ../nbs/app/04_ssl_study.ipynb #0bd36201
-import json, re, time
+import json, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from .attacks.triggers import TRIGGERS, make_trigger
 from .data.doors import open_corpus
 from .data.wallpapers import Wallpapers
 from .defenses.findings import FOUND, erase_windows
+from .defenses.poisoncam import WINDOWS
 from .defenses.poisonfilter import FilterRecipe
 from .models.encoders import load_encoder, save_encoder
 from .objectives.ssl import SslRecipe, train_encoder
@@ -25,7 +26,7 @@ from .study import data_name, peak_bytes, same_study
 
 # %% ../nbs/app/04_ssl_study.ipynb #d50ba9ec
 _SMALL = SslRecipe('mocov2', 'resnet10/half', 16, 32, 'global_local', 36, 64, .1, weight_decay=5e-4, warmup=30, queue=512,
-                   momentum=.95, hidden=256, out=64, norm=True)
+                   momentum=.95, hidden=256, out=64, norm=True, late_queue=False)     # as the victims of `results/` were trained
 
 @dataclass(frozen=True)
 class SslStudy:
@@ -40,7 +41,7 @@ class SslStudy:
     test_n:int=1000              # Wallpapers: test pictures
     contrast:float=.18           # Wallpapers: of the patterns
     classes:int=10               # Wallpapers: how many patterns
-    detectors:dict=field(default_factory=lambda: dict(poisoncam=dict(window=.34)))   # system -> its own settings
+    detectors:dict=field(default_factory=lambda: dict(poisoncam=dict(window=WINDOWS)))   # system -> its own settings
     again:float=None             # epochs of a training after the scan; None: as many as the victim's
 
     def __post_init__(self):
@@ -53,13 +54,12 @@ SSL_METHODS = dict(
     byol=replace(_SMALL, method='byol', momentum=.97, momentum_end=1., epochs=36),
     mocov3=replace(_SMALL, method='mocov3', momentum=.95, momentum_end=1., epochs=36))
 _PHOTOS = dict(target='n03417042', class_rate=None, rate=.01, size=.27)
-_WINDOW = dict(window=.27)
 _RESNET18 = SslRecipe('mocov2', 'resnet18', 64, 64, 'mocov2', 200, 256, .06, queue=4096, precision='bf16')
 SSL_STUDIES = dict(
     wallpapers=SslStudy(),
     imagenette=SslStudy(replace(_SMALL, image_size=64, epochs=20, queue=4096, precision='auto'), **_PHOTOS,   # an hour of a core
-                        detectors=dict(poisoncam=_WINDOW | dict(filter=FilterRecipe.quick()))),
-    imagenette_gpu=SslStudy(_RESNET18, **_PHOTOS, detectors=dict(poisoncam=_WINDOW)))
+                        detectors=dict(poisoncam=dict(window=WINDOWS, filter=FilterRecipe.quick()))),
+    imagenette_gpu=SslStudy(_RESNET18, **_PHOTOS))
 
 def make_ssl_study(name='wallpapers', **changes)->SslStudy:
     "A study's recipe by name, with changes; fields of its training recipe may be given too. Unknown ones raise `BdnbError`."
@@ -157,7 +157,7 @@ class SslCase:
 
     def detect(self, system)->tuple: # (Findings, its measures, seconds)
         name = system.removesuffix(ERASE)
-        detector, start = make_detector(name, **{'seed': self.seed, **self.study.detectors.get(name, {})}), time.time()
+        detector = make_detector(name, **{'seed': self.seed, **self.study.detectors.get(name, {})})
         truth = self.poisoned()
         found = detector.scan(truth.corpus, self.victim()[0], out=self.folder/name, quiet=self.quiet)
         where, quality = found.localisation(truth.boxes), found.filter_quality(truth.mask)
@@ -166,7 +166,7 @@ class SslCase:
                         acquitted=found.evidence.get('acquitted', 0),
                         found=float(found.verdict == FOUND), forwards=sum(found.evidence['forwards'].values()))
         if int(found.searched.sum()): measures['precision@20'] = found.precision_at(20, truth.mask)
-        return found, {k: v for k, v in measures.items() if v == v}, time.time() - start
+        return found, {k: v for k, v in measures.items() if v == v}, sum(found.evidence['seconds'].values())
 
     def retrained(self, system, found):
         "(encoder, seconds) after what was found has been removed or erased. Where nothing was found, it is the victim."
@@ -185,7 +185,8 @@ def _make(self:SslCase, system, retrain=True)->dict:
         found, measures, seconds = self.detect(system)
         after, more = measures, dict(stages=found.evidence['seconds'], looks=found.evidence['looks'])
         if retrain:
-            again, more['retraining_seconds'] = self.retrained(system, found)
+            again, took = self.retrained(system, found)
+            if not found.keep.all(): more['retraining_seconds'] = took
             after = self.measure(again) | measures
     shares = self.plan.choose(self.data()[0])[1]
     return dict(system=system, attack=self.attack, model=f'{self.study.ssl.method} {self.study.ssl.encoder}', seed=self.seed,
@@ -219,11 +220,13 @@ def ssl_tour(out, # folder for encoders, logs, scans and rows; a finished row is
     for s in systems: make_detector(s, **study.detectors.get(s.removesuffix(ERASE), {}))
     for a in attacks: ssl_plan(a, study)
     named = lambda controls: [c for c in controls if reference or not c.startswith('clean')]
+    settings = dict(recipe=json.loads(json.dumps(asdict(study))), data=data, test=test, probe=probe)
+    if (out/'study.json').exists(): same_study(out, settings)           # its rows may be finished, and none would ask for the data
     for seed in seeds:
         @lru_cache(None)
         def opened(seed=seed):
             corpora = ssl_data(data, study, seed, test, probe)
-            same_study(out, dict(recipe=json.loads(json.dumps(asdict(study))), data=data, test=test, probe=probe))
+            same_study(out, settings)
             return corpora
         for attack in attacks:
             case = SslCase(out/f'{re.sub("[^a-zA-Z0-9_.=,-]", "-", attack)}-seed{seed}', attack, seed, study, opened, quiet)

@@ -190,11 +190,13 @@ def tour(out, # folder for models, logs and rows; a finished row is never done a
     out, recipe, name, rows = Path(out), recipe or RECIPES['shapes'], name or data_name(data), []
     for d in defenses: recipe.defense(d)
     for a in attacks: make_attack(a, recipe.target, recipe.rate)
+    settings = dict(recipe=asdict(recipe), data=data, test=test, clean=clean)
+    if (out/'study.json').exists(): same_study(out, settings)           # its rows may be finished, and none would ask for the data
     for seed in seeds:
         @lru_cache(None)
         def opened(seed=seed):
             corpora = study_data(data, recipe, seed, test, clean)
-            same_study(out, dict(recipe=asdict(recipe), data=data, test=test, clean=clean))
+            same_study(out, settings)
             return corpora
         for attack in attacks:
             folder = out/f'{re.sub("[^a-zA-Z0-9_.=,-]", "-", attack)}-seed{seed}'

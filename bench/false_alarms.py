@@ -3,7 +3,7 @@
     python bench/false_alarms.py [--out results/alarms-poisoncam.json] runs/ssl/clean-seed20 runs/ssl/clean-seed20+again ...
 
 A folder is the clean reference of `bdnb tour --only poisoncam`; `study.json` beside it says how its pictures are made. Every pile is
-scanned twice: with the study's window, and with the sizes that `bdnb scan` tries. For each: the verdict, how many pictures would be
+scanned twice: with one window of .34, and with the sizes that `bdnb scan` and the studies try. For each: the verdict, how many pictures would be
 removed, and of every look (size of window, number of clusters) the highest score and how many pictures reach its bar.
 """
 import argparse
@@ -14,11 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bdnb.core import limit_threads, read_json, stamp, write_json
 from bdnb.defenses.findings import FOUND
+from bdnb.defenses.poisoncam import WINDOWS
 from bdnb.models.encoders import load_encoder
 from bdnb.ssl_study import make_detector, make_ssl_study, ssl_data
 
 
-SIZES = {'study': {}, 'bdnb scan': dict(window=(.27, .36))}
+SIZES = {'one': dict(window=.34), 'bdnb scan': dict(window=WINDOWS)}
 
 
 def scanned(folder, sizes):

@@ -129,7 +129,7 @@ class Split:
 def stages_of(scan, split):
     "Stage -> seconds, CPU seconds and forward passes."
     of = lambda s: dict(seconds=scan.seconds[s], cpu_seconds=scan.cpu[s], forwards=scan.forwards[s])
-    names = {'features': 'features', 'clusters': 'k-means', 'floor': 'floor', 'classifier': 'classifier', 'windows': 'windows'}
+    names = {'features': 'features', 'clusters': 'k-means', 'floor': 'floor', 'classifier': 'classifier', 'second opinion': 'windows'}
     out = {says: of(s) for s, says in names.items() if s in scan.seconds}
     search = of('search')
     out['localise'] = {k: split.spent['localise'][k] for k in search}
@@ -153,7 +153,7 @@ def reported(run, rows, kept):
     run.how = how
     p = filter_probability(kept['net'], run.pictures.gather(rows), run.encoder.normalise, run.device)
     for i in ((p > run.recipe.threshold) & (score < run.bar)).nonzero()[:, 0].split(16):
-        if len(i): window[i] = run.settle(kept['net'], rows[i], kept['guilty'])['window']
+        if len(i): window[i] = run.judge(kept['net'], rows[i], kept['guilty'])['window']
     return window
 
 

@@ -31,11 +31,11 @@ class Watched(Search):
     "A search that remembers what the second opinion was asked about."
     asked, extra = None, 0.
 
-    def suspects(self, net, score, window, keep):
-        rows, self.asked, start = (~keep & (window[:, 0] < 0)).nonzero()[:, 0], (window.clone(), keep), time.perf_counter()
+    def suspects(self, net, score, window, cleared):
+        rows, self.asked, start = (~cleared & (window[:, 0] < 0)).nonzero()[:, 0], (window.clone(), cleared), time.perf_counter()
         for r in rows.split(16) if len(rows) else (): self.asked[0][r] = self.locate(r).window.cpu()
         self.extra = time.perf_counter() - start                                          # a scan does not do this
-        return super().suspects(net, score, window, keep)
+        return super().suspects(net, score, window, cleared)
 
 
 def quality(found, truth, suspected):
@@ -60,7 +60,7 @@ def measure(case, plan, place, detector):
     row = dict(system='poisoncam', **about(case), place=place, verdict_of_scan=found.verdict, looks=found.evidence['looks'],
                acquitted=found.evidence['acquitted'], **{'precision@20': found.precision_at(20, truth.mask)},
                forwards=dict(scan.forwards), seconds=round(seconds - run.extra, 1),
-               second_opinion_seconds=round(scan.seconds['windows'] - run.extra, 1))
+               second_opinion_seconds=round(scan.seconds['second opinion'] - run.extra, 1))
     if found.verdict != FOUND: return row
     window, keep = run.asked
     return row | dict(first=quality(replace(found, window=window, keep=keep), truth, ~keep), after=quality(found, truth, ~keep))

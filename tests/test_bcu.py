@@ -221,11 +221,17 @@ def test_a_small_automatic_scale_leaves_doubts():
 
 
 def test_bisection_needs_few_probes():
-    grid = (1, 2, 4, 8, 16, 32)
+    grid = BCU().grid
+    assert len(grid) == 7
     for right in grid:
         scale, probed = largest_scale(lambda s: float(s <= right), grid, .5)
         assert scale == right and len(probed) <= 3 and len(set(probed)) == len(probed)
     assert largest_scale(lambda s: 0., grid, .5)[0] == 1
+
+
+def test_one_scale_in_the_grid_is_nothing_to_pick(pool):
+    done = quick(epochs=1, scale='auto', grid=(2.,)).cleanse(slim(), pool, quiet=True, device='cpu')
+    assert done.scale == 2 and done.probes == () and not done.doubt
 
 
 def test_agreement_counts_names(pool):
@@ -280,6 +286,46 @@ def test_known_answers_and_asking_again_teach_the_same(pool):
     for k, v in state(once).items(): assert torch.allclose(v.float(), state(again)[k].float(), atol=1e-4), k
     half = quick(epochs=1, half_teacher=True, ask_once=False).cleanse(slim(), pool, quiet=True, device='cpu')
     assert half.history.last('kd') > 0
+
+
+class Stop(Exception): pass
+
+
+def stop(*_): raise Stop
+
+
+@pytest.mark.parametrize('view', [False, True])
+def test_a_run_of_another_scale_or_victim_is_not_gone_on_from(pool, tmp_path, view):
+    how = quick(scale=0., crop_flip=view)
+    def begun(cure, model, **options):
+        return cure.cleanse(model, pool, out=tmp_path, checkpoint_every=1, quiet=True, device='cpu', **options)
+    victim = slim()
+    with pytest.raises(Stop): begun(how, victim, on_epoch=stop)
+    assert same(state(victim), state(slim()))                                # after an error it is what it was
+    with pytest.raises(BdnbError, match=r'recipe was .*, is '): begun(quick(scale=8., crop_flip=view), slim())
+    with pytest.raises(BdnbError, match=r"weights was \w+, is \w+"): begun(how, slim(seed=1))
+    assert begun(how, victim).history.last('step') == 6
+
+
+def test_probes_are_not_made_again_after_a_kill(pool, tmp_path, monkeypatch):
+    seen, plain = [], BCU.distil
+    monkeypatch.setattr(BCU, 'chance', lambda self, *args: 0.)
+    monkeypatch.setattr(BCU, 'distil', lambda self, *a, **o: (seen.append(o), plain(self, *a, **o))[1])
+    run = lambda seed=0, **o: quick(scale='auto', grid=(1., 8.)).cleanse(
+        slim(seed=seed), pool, out=tmp_path, checkpoint_every=1, quiet=True, device='cpu', max_norm=1., **o)
+    with pytest.raises(Stop): run(on_epoch=stop)
+    assert len(seen) == 3 and all(o['max_norm'] == 1 for o in seen) and ['on_epoch' in o for o in seen] == [False, False, True]
+    done = run()
+    assert len(seen) == 4 and len(done.probes) == 2 and done.scale in (1, 8)
+    with pytest.raises(BdnbError, match='weights was'): run(seed=1)           # and another victim's are made anew
+    assert len(seen) == 7
+
+
+def test_the_teacher_is_asked_once_for_probes_and_run(pool, monkeypatch):
+    asked, plain = [], BCU.answers
+    monkeypatch.setattr(BCU, 'answers', lambda *a: (asked.append(1), plain(*a))[1])
+    quick(epochs=1, scale='auto', grid=(1., 8.)).cleanse(slim(), pool, quiet=True, device='cpu')
+    assert len(asked) == 1
 
 
 def test_a_pool_of_other_channels_or_too_few_pictures(pool, tmp_path):

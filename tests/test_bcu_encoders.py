@@ -1,10 +1,13 @@
 "BCU for encoders, for the image tower of a CLIP, and from a checkpoint and a folder to a checkpoint."
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 from bdnb.core import BdnbError
+from bdnb.data.batches import Batches
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.shapes import ShapeCaps
 from bdnb.defenses.bcu import route
@@ -12,7 +15,8 @@ from bdnb.defenses.bcu_encoders import EncoderBCU, cleanse_checkpoint, load_any,
 from bdnb.models.build import create_model
 from bdnb.models.checkpoint import save_checkpoint
 from bdnb.models.classifiers import create_classifier, load_classifier, save_classifier
-from bdnb.models.encoders import ClipEncoder, create_encoder, save_encoder
+from bdnb.models.encoders import ClipEncoder, create_encoder, encode, save_encoder
+from bdnb.objectives.distill import crop
 
 torch.set_num_threads(1)
 
@@ -61,12 +65,29 @@ def test_clip_keeps_its_text_tower(pool, tmp_path):
     clip = create_model('tiny', image_size=32)
     before = state(clip)
     save_checkpoint(clip, tmp_path/'clip.safetensors')
-    for kind in ('cosine', 'relational'):
-        EncoderBCU(kind=kind, scale=8., epochs=1, batch_size=18).cleanse(clip, pool, quiet=True, device='cpu')
+    EncoderBCU(scale=8., epochs=1, batch_size=18).cleanse(clip, pool, quiet=True, device='cpu')
     moved = {k for k, v in state(clip).items() if not torch.equal(v, before[k])}
     assert moved and all(k.startswith('net.visual.') for k in moved) and all(p.requires_grad for p in clip.parameters())
     assert same(state(load_any(tmp_path/'clip.safetensors')), before)
     with pytest.raises(BdnbError, match='corpus is empty'): EncoderBCU().cleanse(clip, pool.subset([]), quiet=True)
+    for kind in ('relational', 'softmax'):
+        with pytest.raises(BdnbError, match="where the text tower looks: for a CLIP use 'cosine'"):
+            EncoderBCU(kind=kind).cleanse(clip, pool, quiet=True)
+
+
+@pytest.mark.parametrize('kind', ['cosine', 'relational', 'softmax'])
+def test_options_of_bcu_mean_the_same_for_encoders(pool, kind):
+    how, encoder = EncoderBCU(kind=kind, epochs=1), create_encoder('resnet10', 8)
+    goal = how.objective(encoder, pool)
+    assert torch.equal(goal.answers, encode(encoder, pool))                  # asked once, as classifiers are
+    assert replace(how, ask_once=False).objective(encoder, pool).answers is None
+    assert replace(how, crop_flip='crop').objective(encoder, pool).view is crop
+    assert replace(how, t_squared=True).objective(encoder, pool).t_squared
+    with pytest.raises(BdnbError, match="crop_flip='flip'"): replace(how, crop_flip='flip').objective(encoder, pool)
+    batch = next(Batches(pool, 18, size=32).epoch(0))
+    kept, asked = (replace(how, ask_once=once).objective(encoder, pool)(create_encoder('resnet10', 8, seed=1), batch)
+                   for once in (True, False))
+    assert float(kept[kind].detach()) == pytest.approx(float(asked[kind].detach()), abs=1e-5)
 
 
 def test_every_layer_of_a_big_towers_image_side_is_routed():

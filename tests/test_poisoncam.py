@@ -1,6 +1,7 @@
 "PoisonCAM on encoders whose answer is known, and the scan command on files."
 import csv
 import importlib
+import inspect
 import io
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,11 +18,11 @@ from bdnb.cli import main
 from bdnb.core import BdnbError, rng, write_json
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Scan
-from bdnb.defenses.poisoncam import (INNOCENTS, Located, PoisonCAM, Search, cluster_counts, mask_bank, masked_features,
+from bdnb.defenses.poisoncam import (INNOCENTS, WINDOWS, Located, PoisonCAM, Search, cluster_counts, mask_bank, masked_features,
                                      masked_probability, miss_bound)
 from bdnb.defenses.poisonfilter import FilterEnsemble, FilterRecipe, poison_probability
 from bdnb.models.encoders import Encoder, create_encoder, save_encoder
-from bdnb.ssl_study import make_ssl_study
+from bdnb.ssl_study import SSL_STUDIES, make_ssl_study
 
 quick = FilterRecipe.quick(steps=60)
 
@@ -57,6 +58,13 @@ def pile(n=200, every=10, colours=((255, 0, 0),), seed=0):
 def scan(corpus, **options):
     how = dict(clusters=2, tests=64, search='all', filter=quick) | options
     return PoisonCAM(**how).scan(corpus, encoder(), quiet=True)
+
+
+def test_the_command_and_the_studies_look_through_the_same_windows():
+    from bdnb import cli
+    default = inspect.signature(cli.scan).parameters['window'].default
+    assert cli._shares('--window', default) == WINDOWS
+    assert all(make_ssl_study(n).detectors['poisoncam']['window'] == WINDOWS for n in SSL_STUDIES)
 
 
 half = pytest.mark.xfail(strict=True, reason='known weakness: half of the picture or trigger is covered, nothing is said')
@@ -194,8 +202,8 @@ def test_a_second_look_saves_the_rest_of_the_test_pictures():
     assert (short.score[truth] - whole.score[truth]).abs().max() < .2 and short.score[~truth].equal(whole.score[~truth])
 
 
-def settling(monkeypatch, *offers, rows=4, **options):
-    """What `settle` makes of candidates: each offer is 'trigger', where it is, or 'beside', where nothing is."""
+def judged(monkeypatch, *offers, rows=4, **options):
+    """What `judge` makes of candidates: each offer is 'trigger', where it is, or 'beside', where nothing is."""
     run, poisons, boxes = searching(window=.25, **options)
     poisons, guilty = poisons[:rows], torch.zeros(2, dtype=torch.bool)
     guilty[run.own[poisons[0]]] = True
@@ -203,20 +211,20 @@ def settling(monkeypatch, *offers, rows=4, **options):
     beside = torch.where(right < 12, 24, 0)*torch.tensor([1, 1, 0, 0]) + torch.tensor([0, 0, 8, 8])
     windows = torch.stack([right if o == 'trigger' else beside for o in offers], 1)
     monkeypatch.setattr(run, 'candidates', lambda net, rows: (windows, rows*0 + 5))
-    with torch.no_grad(): return run.settle(None, poisons, guilty), right, beside
+    with torch.no_grad(): return run.judge(None, poisons, guilty), right, beside
 
 
 @pytest.mark.parametrize('offers', [('beside', 'trigger', 'beside'), ('trigger', 'beside', 'beside'),
                                     ('beside', 'beside', 'trigger')])
 def test_of_three_windows_the_one_that_moves_pictures_is_taken(monkeypatch, offers):
-    found, right, _ = settling(monkeypatch, *offers, settle=16)
+    found, right, _ = judged(monkeypatch, *offers, judge_tests=16)
     assert found['window'].equal(right) and (found['forwards'] == 5 + 3*16).all() and (found['moved'] >= 8).all()
 
 
 def test_of_windows_that_move_equally_many_the_first_is_taken(monkeypatch):
-    found, _, beside = settling(monkeypatch, 'beside', 'beside', 'beside')
+    found, _, beside = judged(monkeypatch, 'beside', 'beside', 'beside')
     assert found['window'].equal(beside) and (found['moved'] == 0).all()
-    found, right, _ = settling(monkeypatch, 'trigger', 'trigger')
+    found, right, _ = judged(monkeypatch, 'trigger', 'trigger')
     assert found['window'].equal(right) and (found['forwards'] == 5 + 2*52).all()          # there are 52 test pictures, not 128
 
 
@@ -240,7 +248,7 @@ def test_suspects_that_proved_nothing_are_looked_at_again(monkeypatch):
     assert found.localisation(boxes)['localisation'] == 1 and (found.window[~found.keep] >= 0).all()
     assert not found.keep[truth].any() and keep[~truth].equal(found.keep[~truth])                   # no poison is acquitted
     asked = int(again.sum()) + INNOCENTS                   # 49 masks; 32 test pictures of one cluster and all 20 of the other
-    assert found.evidence['forwards']['windows'] == asked*(2*49 + 3*52)
+    assert found.evidence['forwards']['second opinion'] == asked*(2*49 + 3*52)
 
 
 def test_suspects_whose_window_does_nothing_are_acquitted(monkeypatch):
@@ -258,13 +266,13 @@ def test_suspects_whose_window_does_nothing_are_acquitted(monkeypatch):
     assert found.keep[truth].equal(strict.keep[truth]) and found.filter_quality(truth)['precision'] == 1
     for bad in (-.1, 1):
         with pytest.raises(BdnbError, match='poisoncam: acquit'): PoisonCAM(acquit=bad)
-    with pytest.raises(BdnbError, match='poisoncam: settle=None must be 1 or more'): PoisonCAM(settle=None)
+    with pytest.raises(BdnbError, match='poisoncam: judge_tests=None must be 1 or more'): PoisonCAM(judge_tests=None)
 
 
 def test_a_settled_scan_goes_on_where_it_was(tmp_path, monkeypatch):
     "Neither the classifier nor what was heard before the kill is done again."
     corpus, truth, _ = pile()
-    honest, classify, settle, heard = (~truth).nonzero()[:10, 0], Search.classify, Search.settle, []
+    honest, classify, judge, heard = (~truth).nonzero()[:10, 0], Search.classify, Search.judge, []
     def suspicious(self, net):
         p = classify(self, net)['probability']
         p[honest] = .99
@@ -272,9 +280,9 @@ def test_a_settled_scan_goes_on_where_it_was(tmp_path, monkeypatch):
     def hearing(self, net, rows, guilty):
         heard.append(rows)
         if dies and len(heard) > 3: raise KeyboardInterrupt
-        return settle(self, net, rows, guilty)
+        return judge(self, net, rows, guilty)
     monkeypatch.setattr(Search, 'classify', suspicious)
-    monkeypatch.setattr(Search, 'settle', hearing)
+    monkeypatch.setattr(Search, 'judge', hearing)
     go = lambda: PoisonCAM(clusters=2, tests=64, search='all', filter=quick).scan(corpus, encoder(), out=tmp_path, quiet=True)
     dies = True
     with pytest.raises(KeyboardInterrupt): go()
@@ -295,12 +303,12 @@ def test_who_is_acquitted(monkeypatch):
     run.own, score, keep = torch.arange(200)//100, torch.full((200,), .01), torch.ones(200, dtype=torch.bool)
     score[100:105], suspects, said = .5, [100, 110, 10, 11, 12], {110: 0, 10: 0, 11: 3, 12: 2}
     keep[suspects], window = False, torch.zeros(200, 4, dtype=torch.int64)
-    def settle(net, rows, guilty):
+    def judge(net, rows, guilty):
         assert guilty.tolist() == [False, True]
         moved = torch.tensor([said.get(int(r), 2) for r in rows])
         return dict(window=torch.full((len(rows), 4), 7), moved=moved, forwards=moved)
-    monkeypatch.setattr(run, 'settle', settle)
-    found = run.stages.stage('settled', lambda: run.suspects(None, score, window, keep))
+    monkeypatch.setattr(run, 'judge', judge)
+    found = run.stages.stage('verdicts', lambda: run.suspects(None, score, window, keep))
     assert [r for r in suspects if not found['keep'][r]] == [100, 110, 11]
     assert [r for r in range(200) if found['window'][r, 0] == 7] == [11, 110]            # the others keep theirs
     run.how = replace(run.how, acquit=None)
@@ -445,7 +453,7 @@ def test_the_second_opinion_is_measured(tmp_path, monkeypatch, search):
     write_json(folder/'row-none.json', dict(before=dict(ca=.9, pa=.8, asr=.1, fp=.0)))
     write_json(tmp_path/'study.json', dict(recipe=asdict(make_ssl_study(n=120, epochs=7))))
     case = bench(monkeypatch, 'poisoncam').victim(folder)
-    eager = PoisonCAM(window=.34, clusters=4, tests=40, look=8, settle=16, evidence=.01, witnesses=1,
+    eager = PoisonCAM(window=.34, clusters=4, tests=40, look=8, judge_tests=16, evidence=.01, witnesses=1,
                       search=search, filter=quick)
     row = suspects.measure(case, case.plan, 'near the middle', eager)
     assert row['verdict_of_scan'] == FOUND and set(row['first']) == set(row['after']) and row['seconds'] > 0

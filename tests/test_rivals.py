@@ -1,5 +1,6 @@
 "The rivals with labels: what each may change, what each must refuse, and its formula against a slower one."
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,24 @@ def test_bad_input_leaves_the_model_alone(clean, name):
     after = state(model)
     assert all(torch.equal(after[k].nan_to_num(7), broken[k].nan_to_num(7)) for k in broken)
     assert before.keys() == after.keys()
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_on_epoch_sees_the_classifier_that_is_being_cured(clean, name):
+    seen = []
+    def look(model, epoch): seen.append((epoch, evaluate_classifier(model, clean)['ca']))
+    model = slim()
+    cure = replace(ALL[name], teacher_epochs=2) if name == 'nad' else ALL[name]
+    cure.cleanse(model, clean, quiet=True, device='cpu', on_epoch=look)
+    assert [e for e, _ in seen] == [0]                                       # NAD's teacher is nobody's business
+
+
+def test_another_cure_does_not_go_on_from_a_checkpoint(clean, tmp_path):
+    options = dict(out=tmp_path, checkpoint_every=1, quiet=True, device='cpu')
+    ALL['finetune'].cleanse(slim(), clean, **options)
+    with pytest.raises(BdnbError, match='recipe was FineTuneClassifier.*, is FinePruning'):
+        ALL['fine_pruning'].cleanse(slim(), clean, **options)
+    with pytest.raises(BdnbError, match='weights was'): ALL['finetune'].cleanse(slim(seed=1), clean, **options)
 
 
 def test_classes_in_another_order_are_refused(clean):

@@ -69,6 +69,7 @@ def train_classifier(corpus, # with labels
                      augment=True, # True: shifts and mirror images; 'crop': shifts alone; False: neither
                      weight_decay:float=5e-4, momentum:float=.9,
                      model:Classifier=None, # train this one (in place) instead of a fresh one
+                     size:int=None, # side of the pictures; that of `model`, or else as they are in memory, or 32
                      out=None, # run folder: log and checkpoint
                      quiet:bool=True, # no progress bar
                      what:str='classifier', # words before the bar
@@ -76,7 +77,7 @@ def train_classifier(corpus, # with labels
                     ) -> tuple: # (`Classifier` in evaluation mode, `History`)
     "Cross-entropy on labelled pictures. `BdnbError` for a corpus without labels, or an option that makes no sense."
     if augment not in VIEWS: raise BdnbError(f"augment={augment!r}: must be True, 'crop' or False")
-    corpus = labelled(corpus)
+    corpus = labelled(corpus, model.image_size if model is not None else size)
     if model is None: model = victim(corpus, arch, width, seed)
     history = fit(model, CrossEntropyObjective(view=VIEWS[augment]), batches_of(corpus, batch_size, seed), epochs=epochs, lr=lr,
                   optimizer='sgd', momentum=momentum, weight_decay=weight_decay, seed=seed, out=out, what=what, quiet=quiet,
@@ -350,11 +351,12 @@ def attack_classifier(name:str, # see `list_supervised_attacks()`
                       device:str=None, # 'cpu' to stay off an accelerator
                       precision:str='no', # 'bf16' or 'fp16' on a GPU
                       surrogate:Classifier=None, # for the attacks that need a clean classifier; trained if not given
+                      size:int=None, # side of the pictures; by default as they are in memory, or 32
                       training:dict=None, # more for the training: `train_classifier`'s options, or `train_input_aware`'s
                       **options, # as in `make_supervised_attack`
                      ) -> Attacked:
     "Poison a training set and train a classifier on it, or train as the attacker would. `BdnbError` for what cannot be."
-    start, attack, corpus = time.time(), make_supervised_attack(name, target, rate, seed, **options), labelled(train)
+    start, attack, corpus = time.time(), make_supervised_attack(name, target, rate, seed, **options), labelled(train, size)
     if augment not in VIEWS: raise BdnbError(f"augment={augment!r}: must be True, 'crop' or False")
     model = dict(arch=arch, width=width, epochs=epochs, lr=lr, batch_size=batch_size, augment=augment, quiet=quiet,
                  device=device, precision=precision)

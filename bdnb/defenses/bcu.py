@@ -6,23 +6,25 @@
 __all__ = ['LAYERS', 'RATIOS', 'RELEASED', 'SMALL_SCALE', 'called_layers', 'stage_numbers', 'route', 'own_keys', 'stage_share',
            'plan_reset', 'check_ratios', 'plan_released', 'known_network', 'fresh_network', 'reset_weights',
            'stage_totals', 'agreement', 'chance_agreement', 'largest_scale', 'Recovered', 'BCU', 'distil', 'pick_scale',
-           'cleanse', 'hold_out']
+           'picked', 'cleanse', 'hold_out']
 
 # %% ../../nbs/defenses/04_bcu.ipynb #cb07b7a8
 import copy, time, warnings
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from ..core import BdnbError, derive_seed, did_you_mean, rng
+from ..core import BdnbError, derive_seed, did_you_mean, read_json, rng, write_json
 from ..data.batches import Batches
 from .cleanclip import Cleansed
+from .findings import contents
 from ..evaluate import as_arrays, measuring
 from ..models.classifiers import ARCHITECTURES, Classifier, classifier_logits, create_classifier, torchvision_names
 from ..models.encoders import RESNETS, VITS, create_encoder
 from ..objectives.distill import Distillation, drawn_view
-from ..train import fit, put_back
+from ..train import fit, put_back, run_device, run_marks
 
 # %% ../../nbs/defenses/04_bcu.ipynb #39d49d35
 LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention)
@@ -196,12 +198,12 @@ def largest_scale(agrees, # scale -> agreement, in 0..1: a probe
                   need:float, # least agreement
                  )->tuple: # (scale, or the smallest one if none agrees enough; list of (scale, agreement), as probed)
     "The largest scale that keeps enough agreement, by bisection."
-    probed, low, high = [], -1, len(grid) - 1
+    probed, low, high = [], 0, len(grid) - 1                   # the smallest one need not be asked: it is taken if nothing else is
     while low < high:
         at = (low + high + 1)//2
         probed.append((grid[at], agrees(grid[at])))
         low, high = (at, high) if probed[-1][1] >= need else (low, at - 1)
-    return grid[max(low, 0)], probed
+    return grid[low], probed
 
 # %% ../../nbs/defenses/04_bcu.ipynb #09de07b3
 SMALL_SCALE = 4.           # an automatic scale up to this one leaves doubts, see `Recovered.doubt`
@@ -225,7 +227,7 @@ class Recovered(Cleansed):
 # %% ../../nbs/defenses/04_bcu.ipynb #5dbdcb2b
 @dataclass(frozen=True)
 class BCU:
-    "Backdoor cleansing with unlabelled data (arXiv 2211.12044). `BCU()` is the official script, with shares by depth."
+    "Backdoor cleansing with unlabelled data (arXiv 2211.12044). `BCU()` has the official script's numbers, shares by depth, and no views."
     epochs:float=100            # over the unlabelled pictures
     lr:float=.01                # peak rate
     batch_size:int=256          # global; at most the number of pictures
@@ -245,7 +247,7 @@ class BCU:
     schedule:str='cosine'       # of the learning rate
     precision:str='no'          # 'bf16' or 'fp16' on a GPU
     seed:int=0                  # of the reset and of the order
-    grid:tuple=(1., 2., 4., 8., 16., 32.) # scales that 'auto' may take
+    grid:tuple=(1., 2., 4., 8., 16., 32., 64.) # scales that 'auto' may take
     tolerance:float=.5          # share of the agreement beyond chance that the reset may cost in a probe of 'auto'
     probe:float=.25             # share of the epochs that a probe gets
     held_out:float=None         # share of the pool to measure agreement on; None: a tenth with 'auto', else nothing
@@ -272,22 +274,26 @@ class BCU:
         plan = plan_released(model, self.scale) if self.as_released else plan_reset(model, self.ratios, self.scale)
         return reset_weights(model, plan, self.seed)
 
-    def objective(self, teacher, corpus):
-        "What the student learns."
-        view = drawn_view(self.crop_flip)
-        known = classifier_logits(teacher, corpus) if self.ask_once and view is None else None
+    def known(self, teacher, corpus): # float [N, C], or None
+        "The teacher's answers to the pool, where they can be kept."
+        return self.answers(teacher, corpus) if self.ask_once and drawn_view(self.crop_flip) is None else None
+    def answers(self, teacher, corpus): return classifier_logits(teacher, corpus)
+
+    def objective(self, teacher, corpus, known=None):
+        "What the student learns; `known` as from `known`, which is asked if it is not given."
+        view, known = drawn_view(self.crop_flip), self.known(teacher, corpus) if known is None else known
         return Distillation(teacher, self.epochs, self.t_start, self.t_end, self.t_squared, view, self.half_teacher, known)
 
     def agreement(self, model, teacher, corpus): return agreement(model, teacher, corpus)
     def chance(self, teacher, corpus): return chance_agreement(teacher, corpus)
 
 # %% ../../nbs/defenses/04_bcu.ipynb #96ae9338
-def distil(self:BCU, model, teacher, corpus, **options): # a `History`; options go to `fit`
-    "Reset and distil, in place."
+def distil(self:BCU, model, teacher, corpus, known=None, **options): # a `History`; options go to `fit`
+    "Reset and distil, in place. `known`: the teacher's answers, if somebody has asked already."
     n, size = len(corpus), min(self.batch_size, len(corpus))
     batches = Batches(corpus, size, seed=self.seed, size=model.image_size, drop_last=n % size == 1)
     steps = max(1, round(self.epochs*len(batches)))                        # (a last batch of one has no batch statistics)
-    objective = self.objective(teacher, corpus)
+    objective = self.objective(teacher, corpus, known)
     self.reset(model)
     model.requires_grad_(True)
     return fit(model, objective, batches, **dict(steps=steps, lr=self.lr, optimizer=self.optimizer, momentum=self.momentum,
@@ -296,6 +302,7 @@ def distil(self:BCU, model, teacher, corpus, **options): # a `History`; options 
 
 def pick_scale(self:BCU, model, corpus, held, **options)->tuple: # (scale, probes); options go to `fit`
     "The automatic scale: distillation alone sets the standard, then bisection."
+    if len(self.grid) == 1: return self.grid[0], ()                                # nothing to pick
     def agrees(scale):
         probe, student = replace(self, scale=scale, epochs=max(self.probe*self.epochs, 1e-9)), copy.deepcopy(model)
         probe.distil(student, model, corpus, **options | dict(what=f'probe of scale {scale:g}'))
@@ -309,7 +316,16 @@ def pick_scale(self:BCU, model, corpus, held, **options)->tuple: # (scale, probe
     scale, probed = largest_scale(agrees, list(self.grid), need)
     return scale, ((0., alone), *probed)
 
-BCU.distil, BCU.pick_scale = distil, pick_scale
+def picked(self:BCU, model, corpus, held, out, **options)->tuple: # as `pick_scale`
+    "The same; with a run folder, probes are made once, also when the run that follows is killed and started again."
+    path, mark = Path(out or '.')/'probes.json', contents(corpus.images, corpus.keys, model, asdict(self))
+    said = read_json(path) if out and path.exists() else {}
+    if said.get('mark') == mark: return said['scale'], tuple(map(tuple, said['probes']))
+    scale, probes = self.pick_scale(model, corpus, held, **options)
+    if out: write_json(path, dict(mark=mark, scale=scale, probes=probes))
+    return scale, probes
+
+BCU.distil, BCU.pick_scale, BCU.picked = distil, pick_scale, picked
 
 # %% ../../nbs/defenses/04_bcu.ipynb #ddc8931a
 def cleanse(self:BCU,
@@ -325,14 +341,16 @@ def cleanse(self:BCU,
     self.check(model)
     share = self.held_out if self.scale != 'auto' else self.held_out or .1
     corpus, held = hold_out(corpus, share, model.image_size, self.seed, self.group)
-    teacher = copy.deepcopy(model).requires_grad_(False).eval()
+    teacher = copy.deepcopy(model).requires_grad_(False).eval().to(run_device(options.get('device')))
     scale, probes = self.scale, ()
     with put_back(model):
+        options |= dict(quiet=quiet, known=self.known(teacher, corpus))
         if scale == 'auto':
-            short = {k: v for k, v in options.items() if k == 'device'}
-            scale, probes = self.pick_scale(teacher, corpus, held, quiet=quiet, **short)
-        run = dict(out=out, checkpoint_every=checkpoint_every, quiet=quiet, **options)
-        history = replace(self, scale=scale).distil(model, teacher, corpus, **run)
+            short = {k: v for k, v in options.items() if k not in ('on_epoch', 'resume', 'tensorboard')}
+            scale, probes = self.picked(teacher, corpus, held, out, **short)
+        how = replace(self, scale=scale)
+        run = dict(out=out, checkpoint_every=checkpoint_every, marks=run_marks(how, teacher) if out else None)
+        history = how.distil(model, teacher, corpus, **options | run)
         agrees = self.agreement(model, teacher, held) if held is not None else None
     return Recovered(model, history, time.time() - start, scale=scale, agreement=agrees, probes=probes)
 

@@ -6,7 +6,7 @@
 __all__ = ['QUICK', 'neighbour_overlap', 'EncoderBCU', 'load_any', 'save_any', 'bcu_for', 'cleanse_checkpoint']
 
 # %% ../../nbs/defenses/07_bcu_encoders.ipynb #e83d4be3
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import torch.nn.functional as F
 from ..core import BdnbError, check_names
@@ -16,7 +16,7 @@ from ..models.build import ClipModel
 from ..models.checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from ..models.classifiers import SHORT, Classifier, list_classifiers, load_classifier, save_classifier
 from ..models.encoders import ClipEncoder, Encoder, encode, load_encoder, save_encoder
-from ..objectives.distill import FeatureDistillation, crop_flip
+from ..objectives.distill import FeatureDistillation
 from ..train import put_back
 
 # %% ../../nbs/defenses/07_bcu_encoders.ipynb #37c696d3
@@ -43,11 +43,15 @@ class EncoderBCU(BCU):
         if not isinstance(model, (Encoder, ClipModel)):
             raise BdnbError(f"EncoderBCU cleanses an Encoder or a ClipModel, not a {type(model).__name__}")
         if self.as_released: raise BdnbError("as_released: the official script knows no encoders; leave it out")
+        if isinstance(model, ClipModel) and self.kind != 'cosine':
+            raise BdnbError(f"kind='{self.kind}' may turn the features away from where the text tower looks: for a CLIP use 'cosine'")
         self.check_scale()
 
-    def objective(self, teacher, corpus):
-        view = crop_flip if self.crop_flip else None
-        return FeatureDistillation(teacher, self.kind, self.epochs, self.t_start, self.t_end, view, self.half_teacher)
+    def answers(self, teacher, corpus): return encode(teacher, corpus)
+
+    def objective(self, teacher, corpus, known=None):
+        told = super().objective(teacher, corpus, known)
+        return FeatureDistillation(**{f.name: getattr(told, f.name) for f in fields(told)}, kind=self.kind)
 
     def agreement(self, model, teacher, corpus):
         return neighbour_overlap(encode(model, corpus), encode(teacher, corpus), self.neighbours)

@@ -7,7 +7,7 @@ __all__ = ['Cleansed', 'Finetuning', 'FineTune', 'CleanCLIP', 'SupervisedCleanCL
 
 # %% ../../nbs/defenses/01_cleanclip.ipynb #e21b0c76
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import torch
 from torch import nn
 from ..core import BdnbError, track
@@ -16,7 +16,7 @@ from ..data.text import TextView
 from ..evaluate import accuracy, as_arrays, attack_success, measuring, target_quality, trigger_seeds
 from ..objectives.classify import CrossEntropyObjective, TowerClassifier, frozen, make_head
 from ..objectives.contrastive import ClipObjective, CleanClipObjective
-from ..train import History, fit
+from ..train import History, fit, put_back, run_marks
 
 # %% ../../nbs/defenses/01_cleanclip.ipynb #422880b3
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Finetuning:
     schedule:str='cosine'    # 'official' reads the cosine one epoch late, as the published run did
     precision:str='no'       # 'bf16' or 'fp16' on a GPU
     seed:int=0               # of order, augmentation and everything else
-    workers:int=0            # decoding processes for a corpus that is not in memory
+    workers:int=field(default=0, repr=False) # decoding processes for a corpus that is not in memory; no run differs by it
 
     def objective(self): return ClipObjective()
     def learn(self, net, corpus, size, **options): # options go to `fit`
@@ -50,7 +50,7 @@ class Finetuning:
         warmup = self.warmup if self.schedule == 'official' else min(self.warmup, steps//10)
         return fit(net, self.objective(), batches, **dict(steps=steps, lr=self.lr, warmup=warmup, weight_decay=self.weight_decay,
                    schedule=self.schedule, precision=self.precision, seed=self.seed, what=type(self).__name__) | options)
-    def cleanse(self, model, # `ClipModel`, trained in place
+    def cleanse(self, model, # `ClipModel`, trained in place; after an error it is what it was
                 corpus, # clean pictures with captions
                 out=None, # run folder: log and checkpoint
                 checkpoint_every=None, # optimiser steps
@@ -58,8 +58,9 @@ class Finetuning:
                 **options, # more for `fit`, e.g. device, on_epoch
                ) -> Cleansed:
         "Fine-tune `model` on the clean `corpus`. Raises `BdnbError` when there are no captions or fewer samples than a batch."
-        start = time.time()
-        history = self.learn(model, corpus, model.image_size, out=out, checkpoint_every=checkpoint_every, quiet=quiet, **options)
+        start, marks = time.time(), run_marks(self, model) if out else None
+        options = dict(out=out, checkpoint_every=checkpoint_every, quiet=quiet, marks=marks, **options)
+        with put_back(model): history = self.learn(model, corpus, model.image_size, **options)
         return Cleansed(model, history, time.time() - start)
 
 @dataclass(frozen=True)
@@ -92,16 +93,16 @@ class SupervisedCleanCLIP(Finetuning):
     weight_decay:float=.01
 
     def objective(self): return CrossEntropyObjective()
-    def cleanse(self, model, # `ClipModel`; its image tower is trained in place
+    def cleanse(self, model, # `ClipModel`; its image tower is trained in place; after an error it is what it was
                 corpus, # clean pictures with labels and classes
                 out=None, checkpoint_every=None, quiet=False, **options, # as in `Finetuning.cleanse`
                ) -> Cleansed: # with `.head`
         "Fine-tune the image tower of `model`. Raises `BdnbError` for a corpus without labels or class names."
-        start = time.time()
+        start, marks = time.time(), run_marks(self, model) if out else None
         _need_classes(corpus)
         net = TowerClassifier(model, make_head(model, len(corpus.classes), self.seed))
-        with frozen([*model.text_parameters(), model.logit_scale]):
-            options = dict(out=out, checkpoint_every=checkpoint_every, quiet=quiet, **options)
+        with put_back(model), frozen([*model.text_parameters(), model.logit_scale]):
+            options = dict(out=out, checkpoint_every=checkpoint_every, quiet=quiet, marks=marks, **options)
             history = self.learn(net, corpus, model.image_size, **options)
         return Cleansed(model, history, time.time() - start, net.head)
 

@@ -7,7 +7,7 @@ __all__ = ['NO_EVIDENCE', 'FOUND', 'COLUMNS', 'EVERY', 'Findings', 'erase_window
            'say_time', 'Bar', 'Scan', 'Journal', 'Team']
 
 # %% ../../nbs/defenses/00_findings.ipynb #b34c4a01
-import hashlib, json, sys, time
+import hashlib, json, shutil, sys, time, weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ..attacks.patches import coverage, iou
+from ..attacks.poisoning import _copy_images
 from ..core import BdnbError, rng
 from ..data.corpus import ArrayCorpus
 from ..models.checkpoint import read_header, read_tensors, write_tensors
@@ -91,13 +92,14 @@ def erase_windows(pictures, # `ArrayCorpus` that was scanned
                   found:Findings,
                   grow:float=1.5, # side of what is overwritten, in sides of the window
                   seed:int=0, # chooses what is put there
+                  budget_bytes:int=2**31, # pictures beyond this lie in a mapped file
                  )->ArrayCorpus: # all pictures, the suspects with their window overwritten
     "Raises `BdnbError` for other pictures than the findings', a suspect without a window, or when every picture is a suspect."
     if list(pictures.keys) != list(found.keys): raise BdnbError(f'{pictures.name}: these are not the pictures of the findings')
     if not grow > 0: raise BdnbError(f'erase: grow={grow} must be above 0')
     rows, kept = (~found.keep).nonzero()[:, 0], found.keep.nonzero()[:, 0]
     if len(rows) and not len(kept): raise BdnbError(f'{pictures.name}: every picture is a suspect; there is nothing to put in')
-    images, sides, g = pictures.images.clone(), torch.tensor(pictures.image_size), rng('erase', seed)
+    (images, folder), sides, g = _copy_images(pictures.images, budget_bytes), torch.tensor(pictures.image_size), rng('erase', seed)
     for r in rows.tolist():
         if found.window[r, 0] < 0: raise BdnbError(f'{found.keys[r]}: a suspect without a window; scan again')
         corner, size = found.window[r, :2], found.window[r, 2:]
@@ -106,7 +108,9 @@ def erase_windows(pictures, # `ArrayCorpus` that was scanned
         other = int(kept[torch.randint(len(kept), (1,), generator=g)])
         at = slice(top, top + int(side[0])), slice(left, left + int(side[1]))
         images[r][:, at[0], at[1]] = pictures.images[other][:, at[0], at[1]]
-    return ArrayCorpus(images, pictures.keys, pictures.labels, classes=pictures.classes, name=f'{pictures.name}, erased')
+    out = pictures._with(images=images, name=f'{pictures.name}, erased')
+    if folder: weakref.finalize(out, shutil.rmtree, folder, True)
+    return out
 
 # %% ../../nbs/defenses/00_findings.ipynb #e81abb09
 COLUMNS = 'key', 'score', 'cluster', 'top', 'left', 'height', 'width', 'probability', 'keep'
@@ -140,12 +144,12 @@ def load_findings(path)->Findings:
 Findings.rows, Findings.save = _rows, _save
 
 # %% ../../nbs/defenses/00_findings.ipynb #3eb07aed
-def contents(images, keys:list, net=None, settings=None)->str: # 32 hex digits
-    "A fingerprint: all names, 64 of the pictures, all weights, the settings as JSON."
-    h = hashlib.blake2b(digest_size=16)
-    h.update(json.dumps([settings, keys], sort_keys=True).encode())
-    for i in np.unique(np.linspace(0, len(images) - 1, 64).astype(int)): h.update(np.ascontiguousarray(images[int(i)]))
-    for k, v in (net.state_dict() if net is not None else {}).items():
+def contents(images, keys:list, model=None, settings=None, piece:int=256)->str: # 32 hex digits
+    "A fingerprint: names, pictures, the model (weights, name, size, normalisation), the settings as JSON."
+    h, about = hashlib.blake2b(digest_size=16), [str(getattr(model, k, '')) for k in ('name', 'image_size', 'width')]
+    h.update(json.dumps([settings, keys, about], sort_keys=True).encode())
+    for i in range(0, len(images), piece): h.update(np.ascontiguousarray(images[i:i + piece]))
+    for k, v in (model.state_dict() if model is not None else {}).items():
         h.update(k.encode())
         h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if v.numel() else b'')
     return h.hexdigest()

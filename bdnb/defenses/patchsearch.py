@@ -109,7 +109,7 @@ class PatchSearch:
     # what PoisonCAM varies and PatchSearch does not
     masks:ClassVar = 'grid'; stride:ClassVar = 1.; count:ClassVar = 1; soft:ClassVar = True; drop:ClassVar = False
     sequential:ClassVar = False; look:ClassVar = 1; pass_above:ClassVar = 0; confirm:ClassVar = None
-    more:ClassVar = 0; skip:ClassVar = 0.; acquit:ClassVar = None; settle:ClassVar = 0
+    more:ClassVar = 0; skip:ClassVar = 0.; acquit:ClassVar = None; judge_tests:ClassVar = 0
     search:ClassVar = 'patchsearch'; evidence:ClassVar = -math.inf; witnesses:ClassVar = 1       # there is always a suspect
 
     def __post_init__(self):
@@ -133,7 +133,7 @@ class PatchSearch:
         pictures = corpus.cache(encoder.image_size, budget_bytes=budget_bytes, progress=not quiet)
         if len(pictures) < 8: raise BdnbError(f'{corpus.name}: {len(pictures)} pictures are too few to cluster; give 8 or more')
         settings = {k: asdict(v) if isinstance(v, FilterRecipe) else v for k, v in vars(self).items()}
-        mark = contents(pictures.images, pictures.keys, encoder.net, dict(settings, method='patchsearch'))
+        mark = contents(pictures.images, pictures.keys, encoder, dict(settings, method='patchsearch'))
         stages = Scan(out, mark, share, None, quiet, writer)
         device = torch.device(device) if device is not None else next(encoder.parameters()).device
         with measuring(encoder.to(device)): found = PatchSearchRun(self, pictures, encoder, stages, device).findings()
@@ -178,12 +178,12 @@ class PatchSearchRun(Search):
         heat = grad_cam(self.encoder, self.gather(rows), self.target, self.layer)
         return Located(windows_of(heat, self.w), heat, heat.new_zeros(len(rows)), torch.ones(len(rows), dtype=torch.int64))
 
-    def settle(self, net, rows, guilty)->dict: # window int64 [n, 4], forwards int64 [n]; nobody is acquitted, so nothing is moved
+    def judge(self, net, rows, guilty)->dict: # window int64 [n, 4], forwards int64 [n]; nobody is acquitted, so nothing is moved
         "Windows of suspects that the search did not examine: by the gradient alone, as published."
         found = self.locate(rows)
         return dict(window=found.window.cpu(), forwards=found.forwards)
 
-    def settling(self)->int: return 1
+    def judge_cost(self)->int: return 1
 
     def ranking(self, score)->torch.Tensor: # int64 [N]
         "Best first, pictures that were not examined as 0; as released, ties in the order of an unstable sort."

@@ -22,7 +22,7 @@ from ..evaluate import accuracy, as_arrays
 from ..models.classifiers import Classifier, check_labels, classifier_logits
 from ..objectives.classify import CrossEntropyObjective, frozen
 from ..objectives.distill import drawn_view
-from ..train import fit, put_back
+from ..train import fit, put_back, run_marks
 
 # %% ../../nbs/defenses/06_rivals.ipynb #399a5761
 def labelled_pictures(model:Classifier, corpus, what:str): # an `ArrayCorpus` at the model's size
@@ -66,9 +66,10 @@ class FineTuneClassifier:
                ) -> Cleansed:
         "Cleanse `model`. Raises `BdnbError` for a corpus that is empty or has no labels, or for a loss that is not finite."
         start, corpus = time.time(), labelled_pictures(model, corpus, type(self).__name__)
+        marks = run_marks(self, model) if out else None
         with put_back(model):
             model.requires_grad_(True)
-            history = self.cure(model, corpus, out=out, checkpoint_every=checkpoint_every, quiet=quiet, **options)
+            history = self.cure(model, corpus, out=out, checkpoint_every=checkpoint_every, quiet=quiet, marks=marks, **options)
         return Cleansed(model, history, time.time() - start)
 
 # %% ../../nbs/defenses/06_rivals.ipynb #690a0f3a
@@ -129,10 +130,11 @@ def stage_ends(model:Classifier)->list: # names of modules, one a stage, in orde
         ends[stage] = next(n for n in names if pure(n))
     return list(ends.values())
 
-def attention_map(x, # [B, C, H, W], or tokens [B, N, D]
+def attention_map(x, # [B, C, H, W], or [B, S, S, C], or tokens [B, N, D]
                   p:float=2.)->torch.Tensor: # [B, H*W] or [B, N], unit length
     "Where a layer is busy, in float32."
-    a = x.float().abs().pow(p).mean(1 if x.ndim == 4 else -1).flatten(1)
+    last = x.ndim == 3 or x.shape[1] == x.shape[2] != x.shape[3]         # torchvision's Swin puts channels last, too
+    a = x.float().abs().pow(p).mean(-1 if last else 1).flatten(1)
     return F.normalize(a, dim=1, eps=1e-6)
 
 class Watch:
@@ -175,7 +177,8 @@ class NAD(FineTuneClassifier):
     def cure(self, model, corpus, out=None, checkpoint_every=None, **options):
         ends = stage_ends(model)[-len(self.betas):]
         teacher, recipe = copy.deepcopy(model), {f: getattr(self, f) for f in FineTuneClassifier.__dataclass_fields__}
-        FineTuneClassifier(**recipe | dict(epochs=self.teacher_epochs)).cure(teacher, corpus, **options)
+        quietly = {k: v for k, v in options.items() if k != 'on_epoch'}                   # that looks at the student
+        FineTuneClassifier(**recipe | dict(epochs=self.teacher_epochs)).cure(teacher, corpus, **quietly)
         teacher.requires_grad_(False)
         student, watched = Watch(model.net, ends), Watch(teacher.net, ends)
         objective = AttentionDistillation(teacher, student, watched, tuple(self.betas)[-len(ends):], self.power, self.view())
@@ -239,11 +242,13 @@ class ANP(FineTuneClassifier):
     inner:int=1                 # steps of the adversary
     threshold:float=.2          # channels with a smaller mask are switched off
     tolerance:float=.1          # most accuracy that pruning may cost on the clean labelled pictures
-    def cure(self, model, corpus, **options):
+    def cure(self, model, corpus, on_epoch=None, **options): # `on_epoch` sees the network before anything is pruned
         masked, stats = MaskedChannels(model), copy.deepcopy(model.state_dict())
         objective = AdversarialMasks(self.eps, self.alpha, self.inner, self.view())
         masked.image_size = model.image_size
-        with frozen(list(model.parameters())): history = self.learn(masked, corpus, objective, steps=self.steps, **options)
+        seen = on_epoch and (lambda masked, epoch: on_epoch(masked.model, epoch))
+        options |= dict(steps=self.steps, on_epoch=seen)
+        with frozen(list(model.parameters())): history = self.learn(masked, corpus, objective, **options)
         model.load_state_dict(stats)                                                  # running statistics of dimmed networks
         self.prune(model, corpus, masked)
         return history

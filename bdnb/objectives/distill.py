@@ -93,6 +93,8 @@ class Distillation:
     def __post_init__(self):
         ramp_checks(self)
         if self.answers is not None and self.view is not None: raise BdnbError("known answers fit no augmented view: drop one")
+    def looks(self, batch): # the pictures as both sides see them
+        return batch.images if self.view is None else self.view(batch.images, batch.generator('view'), rows=batch.rows)
     def says(self, images, batch): # logits [B, C]
         "The teacher's answers to a batch."
         if self.answers is None: return ask(self.teacher, images, self.half)
@@ -100,7 +102,7 @@ class Distillation:
     def __call__(self, model, # the student
                  batch): # `Batch`
         "Returns {'kd': scalar}."
-        images = batch.images if self.view is None else self.view(batch.images, batch.generator('view'), rows=batch.rows)
+        images = self.looks(batch)
         T = temperature(batch.epoch, self.epochs, self.t_start, self.t_end)
         return {'kd': kd_loss(model(images), self.says(images, batch), T, self.t_squared)}
 
@@ -119,23 +121,15 @@ def relational_loss(student, teacher)->torch.Tensor: # two float [B, D], B >= 2 
 KINDS = ('cosine', 'relational', 'softmax')
 
 @dataclass(frozen=True)
-class FeatureDistillation:
-    "Distillation of an encoder: pictures -> features [B, D] on both sides."
-    teacher:nn.Module           # frozen, in evaluation mode
+class FeatureDistillation(Distillation):
+    "Distillation of an encoder: pictures -> features [B, D] on both sides. Temperatures and their square are for 'softmax'."
     kind:str='cosine'           # one of `KINDS`
-    epochs:float=100            # of the run; it and the temperatures are for 'softmax'
-    t_start:float=1.
-    t_end:float=4.
-    view:object=None            # `(images, generator, rows=...) -> images` for both
-    half:bool=False             # the teacher computes in bfloat16
     def __post_init__(self):
-        ramp_checks(self)
+        super().__post_init__()
         if self.kind not in KINDS: raise BdnbError(f"unknown distillation {self.kind!r}; {did_you_mean(self.kind, KINDS)}")
     def __call__(self, model, # the student
                  batch): # `Batch`
         "Returns {kind: scalar}."
-        images = batch.images if self.view is None else self.view(batch.images, batch.generator('view'), rows=batch.rows)
-        says, student = ask(self.teacher, images, self.half), model(images)
-        if self.kind == 'softmax':
-            return {'softmax': kd_loss(student, says, temperature(batch.epoch, self.epochs, self.t_start, self.t_end))}
-        return {self.kind: (cosine_loss if self.kind == 'cosine' else relational_loss)(student, says)}
+        if self.kind == 'softmax': return {'softmax': super().__call__(model, batch)['kd']}
+        images = self.looks(batch)
+        return {self.kind: (cosine_loss if self.kind == 'cosine' else relational_loss)(model(images), self.says(images, batch))}

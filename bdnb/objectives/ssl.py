@@ -66,10 +66,11 @@ class SslLearner(nn.Module):
                  steps:int=0, # of the whole run, for `momentum_end`
                  norm:bool=False, # batch normalisation in MoCo v2's head
                  freeze_patch:bool=False, # MoCo v3 keeps a ViT's patch embedding as drawn
+                 late_queue:bool=True, # MoCo v2's keys join the queue after both directions; False: after each
                  seed:int=0): # of heads and queue
         super().__init__()
         if method not in METHODS: raise BdnbError(f"unknown method '{method}'; {did_you_mean(method, METHODS)}")
-        self.encoder, self.method, self.temperature, self.steps = encoder, method, temperature, steps
+        self.encoder, self.method, self.temperature, self.steps, self.late_queue = encoder, method, temperature, steps, late_queue
         self.momentum, self.momentum_end = momentum, momentum_end
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed('ssl heads', seed))
@@ -111,6 +112,7 @@ class SslLearner(nn.Module):
             a, b, ka, kb = a.float(), b.float(), ka.float(), kb.float()
             if self.method == 'byol': return {'ssl': 2 + self.cosine(a, kb) + self.cosine(b, ka)}
             if self.method == 'mocov3': return {'ssl': sum(in_batch_loss(q, k, self.temperature) for q, k in ((a, kb), (b, ka)))}
+            if self.late_queue: return {'ssl': self.queue(torch.cat([a, b]), torch.cat([kb, ka]))}
             return {'ssl': (self.queue(a, kb) + self.queue(b, ka))/2}
 
 # %% ../../nbs/objectives/03_ssl.ipynb #4dfefb55
@@ -145,6 +147,7 @@ class SslRecipe:
     out:int=128                 # of the heads
     norm:bool=False             # batch normalisation in MoCo v2's head
     freeze_patch:bool=False     # MoCo v3 with a ViT
+    late_queue:bool=True        # MoCo v2: keys join the queue after both directions; False: after each
     precision:str='no'          # 'bf16' on a GPU
     mean:tuple=(.485, .456, .406)
     std:tuple=(.229, .224, .225)
@@ -172,7 +175,7 @@ def train_encoder(corpus, # pictures; labels are not looked at
     batches = Batches(corpus, recipe.batch_size, seed=seed, size=recipe.image_size)
     steps = max(1, round(recipe.epochs*len(batches)))
     learner = SslLearner(encoder, recipe.method, recipe.hidden, recipe.out, recipe.temperature, recipe.queue, recipe.momentum,
-                         recipe.momentum_end, steps, recipe.norm, recipe.freeze_patch, seed)
+                         recipe.momentum_end, steps, recipe.norm, recipe.freeze_patch, recipe.late_queue, seed)
     settings = dict(steps=steps, lr=recipe.lr, weight_decay=recipe.weight_decay, warmup=recipe.warmup, optimizer=recipe.optimizer,
                     precision=recipe.precision, seed=seed, out=out, checkpoint_every=200 if out else None, what=recipe.method)
     history = fit(learner, recipe.objective(), batches, quiet=quiet, **{**settings, **options})
