@@ -76,20 +76,21 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--folders', default='runs/ssl/patch-pattern=10-seed0', help='victims, with commas between')
     p.add_argument('--recipe', default='', help='what the folders do not say of their making: class_rate=.5,epochs=45')
-    p.add_argument('--window', type=float, default=.34, help="share of the picture's side")
+    p.add_argument('--window', default='.34', help="share of the picture's side; several, with commas between, are tried in order")
+    p.add_argument('--places', default='near the middle,anywhere', help='of the trigger')
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--out', default='results/suspects-poisoncam.json')
     o = p.parse_args()
     limit_threads(o.threads)
     rows = []
     for case in victims(o):
-        piles = {'near the middle': case.plan}
+        piles, window = {'near the middle': case.plan}, tuple(float(w) for w in o.window.split(','))
         if hasattr(case.plan.trigger, 'place'):
             piles['anywhere'] = replace(case.plan, trigger=replace(case.plan.trigger, place='random'))
-        for place, plan in piles.items():
-            rows.append(measure(case, plan, place, PoisonCAM(window=o.window, seed=case.seed)))
+        for place in [p for p in piles if p in o.places.split(',')]:
+            rows.append(measure(case, piles[place], place, PoisonCAM(window=window, seed=case.seed)))
             print(line(rows[-1]), file=sys.stderr, flush=True)
-        finish(o, rows, window=o.window)
+        finish(o, rows, window=window)
 
 
 if __name__ == '__main__': main()

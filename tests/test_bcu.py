@@ -222,7 +222,7 @@ def test_a_small_automatic_scale_leaves_doubts():
 
 def test_bisection_needs_few_probes():
     grid = BCU().grid
-    assert len(grid) == 7
+    assert len(grid) == 6
     for right in grid:
         scale, probed = largest_scale(lambda s: float(s <= right), grid, .5)
         assert scale == right and len(probed) <= 3 and len(set(probed)) == len(probed)

@@ -247,7 +247,7 @@ class BCU:
     schedule:str='cosine'       # of the learning rate
     precision:str='no'          # 'bf16' or 'fp16' on a GPU
     seed:int=0                  # of the reset and of the order
-    grid:tuple=(1., 2., 4., 8., 16., 32., 64.) # scales that 'auto' may take
+    grid:tuple=(1., 2., 4., 8., 16., 32.) # scales that 'auto' may take
     tolerance:float=.5          # share of the agreement beyond chance that the reset may cost in a probe of 'auto'
     probe:float=.25             # share of the epochs that a probe gets
     held_out:float=None         # share of the pool to measure agreement on; None: a tenth with 'auto', else nothing
@@ -352,7 +352,7 @@ def cleanse(self:BCU,
         run = dict(out=out, checkpoint_every=checkpoint_every, marks=run_marks(how, teacher) if out else None)
         history = how.distil(model, teacher, corpus, **options | run)
         agrees = self.agreement(model, teacher, held) if held is not None else None
-    return Recovered(model, history, time.time() - start, scale=scale, agreement=agrees, probes=probes)
+    return Recovered(model, history, history.before + time.time() - start, scale=scale, agreement=agrees, probes=probes)
 
 def hold_out(corpus, share, size:int, seed:int, group:str=None)->tuple: # (to teach with, to measure on or None), in memory
     "The pool, decoded once and without its labels. `BdnbError` when it is empty or too small to hold anything out."
