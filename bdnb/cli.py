@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'AsJson', 'command_line', 'main', 'check_out', 'tidy', 'running', 'describe_run', 'finish', 'plain', 'show',
-           'show_metrics', 'told', 'corpora', 'triggers', 'models', 'aim', 'check_target', 'check_choice',
-           'check_learning', 'check_captions', 'pick_device', 'open_at', 'measure', 'shots', 'new_folder', 'attack',
-           'train', 'cleanse', 'evaluate', 'scan', 'tour']
+           'show_metrics', 'told', 'ended', 'corpora', 'triggers', 'models', 'aim', 'refuse', 'check_target',
+           'check_choice', 'check_learning', 'check_captions', 'pick_device', 'open_at', 'measure', 'shots',
+           'new_folder', 'attack', 'train', 'cleanse', 'evaluate', 'scan', 'tour']
 
 # %% ../nbs/app/02_cli.ipynb #42b8d4ba
 import math, os, re, shlex, shutil, sys, time, warnings
@@ -68,6 +68,7 @@ def main(args:list=None)->int: # exit code; the arguments are the process's own 
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             code = app(_ARGS or ['--help'], standalone_mode=False, prog_name='bdnb') or 0
+        print(end='', flush=True)                                    # a closed pipe shows here, not at the interpreter's end
         if code == 130: raise KeyboardInterrupt                      # newer typers turn it into a code themselves
         return code
     except BrokenPipeError:                                          # `bdnb models | head`
@@ -82,6 +83,12 @@ def main(args:list=None)->int: # exit code; the arguments are the process's own 
 # %% ../nbs/app/02_cli.ipynb #eb845856
 def _rank(): return int(os.environ.get('RANK') or 0)          # of this process under torchrun or accelerate launch
 
+def _ours(out):
+    "Does the folder hold a run of ours? Models from elsewhere have a config.json too."
+    try: said = read_json(out/'config.json')
+    except BdnbError: return False
+    return isinstance(said, dict) and {'run', 'stamp'} <= set(said)
+
 def check_out(
     out,                # the folder a run wants to write
     again:bool=True,    # go on with what is in it (--resume)
@@ -91,10 +98,11 @@ def check_out(
     if _rank() or not out.exists(): return
     if not out.is_dir(): raise BdnbError(f'{out}: a file of this name exists; choose another --out')
     if not any(out.iterdir()): return
-    if not (out/'config.json').exists(): raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
+    if not _ours(out): raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
     if again and (out/'metrics.json').exists() and not (out/'checkpoint.pt').exists():
         raise BdnbError(f'{out}: holds a finished run; choose another --out')
 
+# %% ../nbs/app/02_cli.ipynb #b3c81e57
 def _made_by(out):
     "The folders that making `out` will make, innermost first."
     return [p for p in (out, *out.parents) if not p.exists()]
@@ -103,15 +111,15 @@ def _unmake(folders):
     for p in folders:
         if p.exists() and not any(p.iterdir()): p.rmdir()
 
-_GO_ON = 'checkpoint.pt', 'row.json', 'stages/*.safetensors', 'encoder.safetensors'       # what a run can go on from
+_KEEP = 'checkpoint.pt', '*.safetensors', 'metrics.json', 'row*.json'        # what a run can go on from, or was run for
 
 @contextmanager
 def tidy(out):
-    "When the body fails: the folder goes away again if the body made it and left nothing in it to go on from."
+    "When the body fails: the folder goes away again if the body made it and left nothing in it that is worth keeping."
     made = _made_by(out)
     try: yield
     except BaseException as e:
-        if made and not _rank() and not any(any(out.rglob(n)) for n in _GO_ON):
+        if made and not _rank() and not any(any(out.rglob(n)) for n in _KEEP):
             shutil.rmtree(out, ignore_errors=True)
             _unmake(made[1:])
         if isinstance(e, OSError): raise BdnbError(f'{e.filename or out}: {e.strerror or e}') from e
@@ -121,15 +129,15 @@ def tidy(out):
 def running(
     out,            # the run folder
     config:dict,    # for config.json
-    again:bool=True,
+    again:bool=True, # go on from its checkpoint, if there is one; else that goes away, or the next run would go on from it
 ):                  # yields the folder
-    "A run folder while its run is running: made now, gone when the run fails without a checkpoint to go on from."
+    "A run folder while its run is running: made now, gone when the run fails with nothing to go on from or to keep."
     out = Path(out)
     check_out(out, again)
     with tidy(out):
         if not _rank():
             out.mkdir(parents=True, exist_ok=True)
-            (out/'metrics.json').unlink(missing_ok=True)
+            for n in ('metrics.json',) if again else ('metrics.json', 'checkpoint.pt'): (out/n).unlink(missing_ok=True)
             write_json(out/'config.json', config)
         yield out
 
@@ -143,7 +151,7 @@ def describe_run(run, title, options, corpus=None):
     return dict(run=run, title=title, text=text, command=command_line(), options=options, stamp=stamp(command_line()))
 
 def finish(run, metrics=None, model=None, pictures=None, skipped=(), **meta):
-    "Write what a run has to show and its page; print where it is."
+    "Write what a run has to show and its page, and give back the page; None in all processes but the first."
     if _rank(): return
     from bdnb.report import save_pictures, write_report
     if model is not None:
@@ -154,7 +162,7 @@ def finish(run, metrics=None, model=None, pictures=None, skipped=(), **meta):
     write_json(run/'metrics.json', metrics or {})
     page = write_report(run)
     (run/'checkpoint.pt').unlink(missing_ok=True)              # only now is it no longer needed
-    print(f'report: {page}')
+    return page
 
 # %% ../nbs/app/02_cli.ipynb #7fdb53d1
 def plain(value)->str:
@@ -187,6 +195,11 @@ def show_metrics(title, results, number, target=None):
 def told(skipped):
     "Say on stderr that samples were left out."
     if skipped: print(f'bdnb: {len(skipped):,} samples were left out; the first: {plain(skipped[0][1])}', file=sys.stderr)
+
+def ended(page, skipped=()):
+    "Say where the page of a run is, and that samples were left out."
+    if page is not None: print(f'report: {page}')
+    told(skipped)
 
 # %% ../nbs/app/02_cli.ipynb #80d6c428
 AsJson = Annotated[bool, typer.Option('--json', help='Print JSON.')]
@@ -294,6 +307,19 @@ def aim(trigger, target, plan):
     if trigger is not None and target is None: raise BdnbError('--trigger needs --target: what is attack success otherwise?')
     return None if trigger is None else make_trigger(trigger), target
 
+def refuse(
+    options:dict,   # of the command
+    names:str,      # of those that would do nothing, with blanks between
+    why:str,        # and what to do instead
+    when:bool=True,
+):
+    "Raise `BdnbError` for the first of these options that was given: none is passed over in silence."
+    for k in names.split() if when else ():
+        if options[k] is None or options[k] is True: continue                     # True: a flag as it is by default
+        raise BdnbError(f"--{'no-' if options[k] is False else ''}{k.replace('_', '-')}: {why}")
+
+_NO_TEST = 'does nothing without --test, a corpus to measure on'
+
 def check_target(corpus, target):
     "Raise `BdnbError` when a corpus with classes lacks the target."
     if corpus is not None and target is not None and corpus.classes is not None: corpus.target_id(target)
@@ -315,13 +341,23 @@ def check_captions(corpus, batch_size):
     if batch_size > n: raise BdnbError(f'{name}: {n:,} samples do not fill one batch of {batch_size}; lower --batch-size')
 
 # %% ../nbs/app/02_cli.ipynb #9ba52eb2
-def pick_device(device):
-    "The device of this process."
+def pick_device(
+    device,             # --device, or None
+    learns:bool=False,  # does `fit` come next? It takes its device by itself
+):
+    "The device of this process. `BdnbError` for one that is not there or would not be used."
     import torch
-    if device is None: device = f"cuda:{os.environ.get('LOCAL_RANK') or 0}" if torch.cuda.is_available() else 'cpu'
-    try: return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError):
-        raise BdnbError(f"--device {device!r}: not a device of this machine; use 'cpu' or leave it out") from None
+    usual, real = 'cuda:' + (os.environ.get('LOCAL_RANK') or '0'), lambda d: torch.empty(0, device=d).device
+    asked = device if device is not None else usual if torch.cuda.is_available() else 'cpu'
+    try: found = real(asked)
+    except (RuntimeError, AssertionError, ImportError): found = None
+    if found is None or found.type == 'meta':
+        raise BdnbError(f"--device {asked!r}: not a device of this machine; use 'cpu' or leave it out")
+    if not learns or device in (None, 'cpu'): return found
+    from bdnb.train import run_device
+    used = real(run_device())
+    if real(asked) != used: raise BdnbError(f"--device {asked!r}: training takes {str(used)!r}; use 'cpu' or leave it out")
+    return used
 
 def open_at(
     spec,            # as `bdnb corpora` says, or None
@@ -423,20 +459,28 @@ def _poisoned(corpus, plan):
     from bdnb.attacks.poisoning import Poisoning
     return corpus if plan is None else Poisoning.load(plan).apply(corpus).corpus
 
+def _train_set(spec, size, plan):
+    "What `bdnb train` learns from. A plan needs decoded pictures: in a file, where they are too many for memory."
+    from bdnb.data.doors import open_corpus
+    return open_at(spec, size) if plan is None else _poisoned(open_corpus(spec).cache(size), plan)
+
 def _learn(model, corpus, out, quiet, seed, batch_size, workers, **options):
-    "Train a CLIP on a corpus; returns the seconds it took."
+    "Train a CLIP on a corpus; returns the seconds it took. What cannot be read is recorded in `corpus.skipped`."
     from bdnb.data.batches import Batches
     from bdnb.objectives.contrastive import ClipObjective
-    from bdnb.train import fit
-    start, batches = time.time(), Batches(corpus, batch_size, seed=seed, size=model.image_size, workers=workers)
-    fit(model, ClipObjective(), batches, seed=seed, out=out, quiet=quiet or bool(_rank()), betas=(.9, .98), **options)
-    return round(time.time() - start, 1)
+    from bdnb.train import fit, run_marks
+    start, how = time.time(), ClipObjective()
+    batches = Batches(corpus, batch_size, seed=seed, size=model.image_size, workers=workers)
+    options |= dict(quiet=quiet or bool(_rank()), betas=(.9, .98), marks=run_marks(how, model))
+    done = fit(model, how, batches, seed=seed, out=out, **options)
+    for key, why in batches.skipped: corpus._skip(key, why)
+    return round(done.before + time.time() - start, 1)
 
 # %% ../nbs/app/02_cli.ipynb #c4412c46
 @app.command()
 def train(corpus:_O.corpus, out:_O.out=Path('runs/train'), model:_O.model='tiny',
           pretrained:_option(str, '--pretrained', help='Start from a checkpoint file or an open_clip tag.')=None,
-          plan:_option(Path, '--plan', help='Poison the corpus on the fly as this plan.json says; measure that attack.')=None,
+          plan:_option(Path, '--plan', help="Poison as this plan.json says; measure that attack, or --trigger's.")=None,
           size:_O.size=None,
           epochs:_O.epochs=12, lr:_O.lr=1e-3, batch_size:_O.batch_size=128, warmup:_O.warmup=60, weight_decay:_O.weight_decay=.1,
           schedule:_O.schedule='cosine', precision:_O.precision='no', seed:_O.seed=0, workers:_O.workers=0,
@@ -446,23 +490,24 @@ def train(corpus:_O.corpus, out:_O.out=Path('runs/train'), model:_O.model='tiny'
     options = dict(locals())
     from bdnb.models.build import create_model
     check_learning(schedule, precision)
+    refuse(options, 'trigger target', _NO_TEST, test is None)
     check_out(out, resume)
-    stamp, goal = aim(trigger, target, plan if trigger is None and target is None else None)
+    stamp, goal = aim(trigger, target, None if trigger is not None else plan)
     net = create_model(model, pretrained, size, seed)
-    data = _poisoned(open_at(corpus, net.image_size), plan)
+    data = _train_set(corpus, net.image_size, plan)
     check_captions(data, batch_size)
     held = open_at(test, net.image_size)
     check_target(held, goal)
-    net = net.to(pick_device(device))
+    net = net.to(pick_device(device, learns=True))
     with running(out, describe_run('train', f'{net.name} on {data.name}', options, data), resume) as run:
         how = {k: options[k] for k in 'epochs lr warmup weight_decay schedule precision checkpoint_every resume'.split()}
         seconds = _learn(net, data, run, quiet, seed, batch_size, workers, device=_stay(device), **how)
         result = dict(seconds=seconds, target=goal)
         if held is not None and not _rank():
             result['after'], result['counts'] = measure(net, held, stamp, goal, quiet=quiet)
-            show_metrics(f'{net.name} on {held.name}', dict(measured=result['after']), result['counts'], goal)
-        finish(run, result, net, shots(held, stamp, net.image_size), data.skipped, trained_on=data.name, seed=seed)
-    told(data.skipped)
+        page = finish(run, result, net, shots(held, stamp, net.image_size), data.skipped, trained_on=data.name, seed=seed)
+    if 'after' in result: show_metrics(f'{net.name} on {held.name}', dict(measured=result['after']), result['counts'], goal)
+    ended(page, data.skipped)
 
 def _stay(device): return 'cpu' if device == 'cpu' else None       # what `fit` understands
 
@@ -473,12 +518,11 @@ def _defense(method, given):
     given = {k: v for k, v in given.items() if v is not None}
     if method in DEFENSES:
         known = [f.name for f in fields(DEFENSES[method])]
-        for k in given:
-            if k not in known: raise BdnbError(f"--{k.replace('_', '-')}: method {method!r} has no such option")
+        refuse(given, ' '.join(k for k in given if k not in known), f'method {method!r} has no such option')
     return make_defense(method, **given)
 
 def _cleanse(run, net, defense, clean, held, head, trigger, target, quiet, **options):
-    "Measure, cleanse, measure, write."
+    "Measure, cleanse, measure, write: (page, what was measured)."
     import copy
     before, result = copy.deepcopy(net) if held is not None and not _rank() else None, dict(target=target)
     if before is not None: result['before'], _ = measure(before, held, trigger, target, head, quiet=quiet)
@@ -486,10 +530,12 @@ def _cleanse(run, net, defense, clean, held, head, trigger, target, quiet, **opt
     result['seconds'] = round(done.seconds, 1)
     if before is not None:
         result['after'], result['counts'] = measure(done.model, held, trigger, target, head, before, quiet)
-        both = dict(before=result['before'], after=result['after'])
-        show_metrics(f'{type(defense).__name__} on {held.name}', both, result['counts'], target)
-    pictures = shots(held, trigger, net.image_size)
-    finish(run, result, done.model, pictures, clean.skipped, cleansed_by=repr(defense), cleansed_on=clean.name)
+    pictures, about = shots(held, trigger, net.image_size), dict(cleansed_by=repr(defense), cleansed_on=clean.name)
+    return finish(run, result, done.model, pictures, clean.skipped, **about), result
+
+def _show_both(title, result):
+    "Print what was measured before and after; nothing when nothing was."
+    if 'after' in result: show_metrics(title, {k: result[k] for k in ('before', 'after')}, result['counts'], result['target'])
 
 # %% ../nbs/app/02_cli.ipynb #bcucli01
 _BCU_ONLY = 'epochs', 'lr', 'batch_size', 'weight_decay', 'schedule'
@@ -497,8 +543,8 @@ _BCU_ONLY = 'epochs', 'lr', 'batch_size', 'weight_decay', 'schedule'
 def _bcu_options(o):
     "What the options of the command say to BCU. `BdnbError` for those that it does not have."
     if o['images'] is None: raise BdnbError('--images: method bcu needs a folder of pictures')
-    for k in ('data', 'warmup', 'clip_weight', 'inmodal_weight', 'probe'):
-        if o[k] is not None: raise BdnbError(f"--{k.replace('_', '-')}: method 'bcu' has no such option")
+    refuse(o, 'data warmup clip_weight inmodal_weight probe', "method 'bcu' has no such option")
+    refuse(o, 'trigger target plan', _NO_TEST, o['test'] is None)
     given = {k: o[k] for k in _BCU_ONLY if o[k] is not None} | dict(precision=o['precision'], seed=o['seed'], held_out=.1)
     if o['scale'] not in (None, 'auto'):
         try: given['scale'] = float(o['scale'])
@@ -526,30 +572,31 @@ def _judge(net, held, trigger, target, quiet):
     metrics = evaluate_classifier(net, held, trigger, target if trigger is not None else None, quiet=quiet)
     return metrics, counts(held, target, metrics)
 
-
 # %% ../nbs/app/02_cli.ipynb #bcucli02
 def _cure_unlabelled(run, net, defense, pool, held, stamp, goal, quiet, **options):
-    "Measure, cleanse, measure, print, write."
-    result, how = dict(target=goal), f'BCU on {pool.name}'
+    "Measure, cleanse, measure, write: (page, what was measured)."
+    result = dict(target=goal)
     if held is not None: result['before'], _ = _judge(net, held, stamp, goal, quiet)
     done = defense.cleanse(net, pool, out=run, quiet=quiet, **options)
     result |= dict(seconds=round(done.seconds, 1), scale=done.scale, agreement=done.agreement, probes=done.probes,
                    doubt=done.doubt)
     if held is not None:
         result['after'], result['counts'] = _judge(net.eval(), held, stamp, goal, quiet)
-        show_metrics(f'BCU on {held.name}', dict(before=result['before'], after=result['after']), result['counts'], goal)
-    say = lambda a: 'not measured' if a is None else f'{a:.1%}'
-    steps = [*[(f'probe of {s:g}', say(a)) for s, a in done.probes], (f'{done.scale:g}', say(done.agreement))]
-    show(how, ('scale of the reset', 'agreement with the old model'), steps,
-         right=('agreement with the old model',))
-    if done.doubt: print(f'bdnb: {done.doubt}', file=sys.stderr)
     about = dict(cleansed_by=repr(defense), cleansed_on=pool.name, scale=done.scale, agreement=done.agreement)
-    finish(run, result, net, shots(held, stamp, net.image_size), pool.skipped, **about)
+    return finish(run, result, net, shots(held, stamp, net.image_size), pool.skipped, **about), result
+
+def _show_scales(title, result):
+    "Print what BCU's reset cost, and what speaks against relying on it."
+    say = lambda a: 'not measured' if a is None else f'{a:.1%}'
+    steps = [*[(f'probe of {s:g}', say(a)) for s, a in result['probes']], (f"{result['scale']:g}", say(result['agreement']))]
+    show(title, ('scale of the reset', 'agreement with the old model'), steps, right=('agreement with the old model',))
+    if result['doubt']: print(f"bdnb: {result['doubt']}", file=sys.stderr)
 
 def _unlabelled(o):
     "`bdnb cleanse --method bcu`: a classifier, an encoder or a CLIP, and pictures that nobody named."
     from dataclasses import replace
     from bdnb.defenses.bcu_encoders import bcu_for, load_any
+    from bdnb.models.classifiers import Classifier
     from bdnb.models.encoders import Encoder
     check_learning(o['schedule'], o['precision'])
     options, quiet, out = _bcu_options(o), o['quiet'] or bool(_rank()), o['out']
@@ -557,8 +604,10 @@ def _unlabelled(o):
     stamp, goal = aim(o['trigger'], o['target'], o['plan'])
     given = dict(name=o['model'], classes=_class_list(o['classes']), width=o['width'], image_size=o['size'],
                  mean=_channels('--mean', o['mean']), std=_channels('--std', o['std']))
-    net = load_any(o['checkpoint'], **given).to(pick_device(o['device']))
-    if o['test'] is not None and isinstance(net, Encoder): raise BdnbError('--test: an encoder names nothing to measure')
+    net = load_any(o['checkpoint'], **given).to(pick_device(o['device'], learns=True))
+    refuse(o, 'test', 'an encoder names nothing to measure', isinstance(net, Encoder))
+    refuse(o, 'target', 'of a classifier only attack success is measured; give --trigger too',
+           stamp is None and isinstance(net, Classifier))
     defense, spec = bcu_for(net, **options), o['images']
     defense.check(net)
     pool = open_at(spec if ':' in spec else f'folder:{spec}', net.image_size)
@@ -567,10 +616,12 @@ def _unlabelled(o):
     check_target(held, goal)
     config = describe_run('cleanse', f"bcu on {Path(o['checkpoint']).name}", {**o, **vars(defense)}, pool)
     with running(out, config, o['resume']) as run:
-        _cure_unlabelled(run, net, defense, pool, held, stamp, goal, quiet, device=_stay(o['device']), resume=o['resume'],
-                         checkpoint_every=o['checkpoint_every'])
-    told(pool.skipped)
-
+        page, result = _cure_unlabelled(run, net, defense, pool, held, stamp, goal, quiet, device=_stay(o['device']),
+                                        resume=o['resume'], checkpoint_every=o['checkpoint_every'])
+    if page is None: return                                           # the first process speaks for all
+    if held is not None: _show_both(f'BCU on {held.name}', result)
+    _show_scales(f'BCU on {pool.name}', result)
+    ended(page, pool.skipped)
 
 # %% ../nbs/app/02_cli.ipynb #d7722d15
 @app.command()
@@ -578,7 +629,10 @@ def cleanse(checkpoint:_O.checkpoint, data:_option(str, '--data', help='Clean pi
             images:_option(str, '--images', help='Method bcu: a folder (or corpus) of pictures, no labels needed.')=None,
             out:_O.out=Path('runs/cleanse'),
             method:_option(str, '--method', help='cleanclip, finetune, bcu.')='cleanclip', epochs:_O.epochs=None, lr:_O.lr=None,
-            batch_size:_O.batch_size=None, warmup:_O.warmup=None, weight_decay:_O.weight_decay=None, schedule:_O.schedule=None,
+            batch_size:_O.batch_size=None,
+            warmup:_option(int, '--warmup', min=0,
+                           help='Optimiser steps; at most a tenth of the run, but for --schedule official.')=None,
+            weight_decay:_O.weight_decay=None, schedule:_O.schedule=None,
             clip_weight:_option(float, '--clip-weight', min=0, help='Weight of the cross-modal loss.')=None,
             inmodal_weight:_option(float, '--inmodal-weight', min=0, help='Weight of the in-modal loss.')=None,
             scale:_option(str, '--scale', help='Method bcu: size of the reset, a number or auto.')=None,
@@ -594,23 +648,24 @@ def cleanse(checkpoint:_O.checkpoint, data:_option(str, '--data', help='Clean pi
     check_choice('--method', method, ['cleanclip', 'finetune', 'bcu'])
     if method == 'bcu': return _unlabelled(options)
     if data is None: raise BdnbError(f'--data: method {method!r} needs clean pictures with captions; or --method bcu --images')
-    for k in ('images', 'scale', 'classes', 'width', 'size', 'mean', 'std'):
-        if options[k] is not None: raise BdnbError(f'--{k}: only for --method bcu')
+    refuse(options, 'images scale classes width size mean std', 'only for --method bcu')
+    refuse(options, 'trigger target plan probe', _NO_TEST, test is None)
     from bdnb.models.checkpoint import load_checkpoint
     check_learning(schedule, precision)
     given = 'epochs lr batch_size warmup weight_decay schedule clip_weight inmodal_weight precision seed workers'.split()
     defense = _defense(method, {k: options[k] for k in given})
     check_out(out, resume)
     stamp, goal = aim(trigger, target, plan)
-    net = load_checkpoint(checkpoint, model).to(pick_device(device))
+    net = load_checkpoint(checkpoint, model).to(pick_device(device, learns=True))
     clean, held, head = (open_at(s, net.image_size) for s in (data, test, probe))
     check_captions(clean, defense.batch_size)
     check_target(held, goal)
     config = describe_run('cleanse', f'{method} on {Path(checkpoint).name}', {**options, **vars(defense)}, clean)
     with running(out, config, resume) as run:
         how = dict(checkpoint_every=checkpoint_every, resume=resume, device=_stay(device))
-        _cleanse(run, net, defense, clean, held, head, stamp, goal, quiet, **how)
-    told(clean.skipped)
+        page, result = _cleanse(run, net, defense, clean, held, head, stamp, goal, quiet, **how)
+    if held is not None: _show_both(f'{type(defense).__name__} on {held.name}', result)
+    ended(page, clean.skipped)
 
 # %% ../nbs/app/02_cli.ipynb #2f5919d6
 @app.command()
@@ -628,15 +683,16 @@ def evaluate(checkpoint:_O.checkpoint, corpus:_O.corpus, trigger:_O.trigger=None
     test, head = (open_at(s, net.image_size) for s in (corpus, probe))
     check_target(test, goal)
     metrics, number = measure(net, test, stamp, goal, head, quiet=quiet)
-    config = describe_run('evaluate', f'{Path(checkpoint).name} on {test.name}', options, test)
-    show_metrics(config['title'], dict(measured=metrics), number, goal)
-    told(test.skipped)
+    config, page = describe_run('evaluate', f'{Path(checkpoint).name} on {test.name}', options, test), None
     if json_file is not None:
         asked = dict(checkpoint=checkpoint, corpus=corpus, trigger=stamp and stamp.to_json(), target=goal)
         write_json(json_file, {**config['stamp'], **asked, 'counts': number, 'metrics': metrics})
-    if out is None: return
-    with running(out, config) as run:
-        finish(run, dict(target=goal, after=metrics, counts=number), None, shots(test, stamp, net.image_size), test.skipped)
+    if out is not None:
+        with running(out, config) as run:
+            result = dict(target=goal, after=metrics, counts=number)
+            page = finish(run, result, None, shots(test, stamp, net.image_size), test.skipped)
+    show_metrics(config['title'], dict(measured=metrics), number, goal)
+    ended(page, test.skipped)
 
 # %% ../nbs/app/02_cli.ipynb #d5524d6c
 def _encoder(checkpoint, train, architecture, pictures, out, quiet, seed, device, team):
@@ -706,10 +762,10 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
     if then not in (None, corpus): raise BdnbError(f'{out}: holds the scan of {then}; choose another folder as --out')
     team, quiet = _team(device), quiet or bool(_rank())
     pictures = lru_cache(lambda size: shared_pictures(pile, size, team, quiet))
+    where = pick_device(device, learns=train is not None)
     with tidy(out):
         net = _encoder(encoder, train, model, pictures, out, quiet, seed, device, team)
         if batch_size is None: detector = replace(detector, batch=_usual_batch(net.image_size))
-        where = pick_device(device)
         found = scan_corpus(pictures(net.image_size), net, out, detector, command_line(), quiet, where, corpus, team)
     if team: team.close()
     if not _rank(): _show_scan(found, out)
@@ -754,6 +810,11 @@ def _tour_pictures(recipe, data, test, attacks, seed):
     check_target(corpus, recipe.target)
     return {a: pictures_of(corpus, make_attack(a, recipe.target).trigger, 2, recipe.image_size) for a in attacks}
 
+def _refuse_for_data(o, drawn):
+    "Options of a tour that the other kind of data would need."
+    refuse(o, 'n test_n', 'only for the drawn pictures; for fewer of a corpus add n=... to its name', not drawn)
+    refuse(o, 'test', 'needs --data: drawn pictures have a test set of their own', drawn)
+
 def _show_tour(rows):
     "Print the means over seeds."
     from bdnb.report import mean_over_seeds, say
@@ -775,28 +836,30 @@ def _ssl_tour(o):
     systems = [s for s in _names(o['only']) if s != 'victims']
     numbers = _whole_numbers('--seeds', o['seeds'])
     if not attacks or not numbers: raise BdnbError('--attacks and --seeds: name at least one')
-    for k in ('clean', 'clean_n', 'model', 'precision'):
-        if o[k] is not None: raise BdnbError(f"--{k.replace('_', '-')}: self-supervised victims have no such option")
+    refuse(o, 'clean clean_n model precision', 'self-supervised victims have no such option')
     data, out = 'wallpapers' if o['data'] == 'shapes' else o['data'], o['out']
-    for k in ('n', 'test_n') if data != 'wallpapers' else ('test',):
-        if o[k] is not None: raise BdnbError(f"--{k.replace('_', '-')}: {'only for the drawn pictures' if k != 'test' else 'needs --data'}")
+    _refuse_for_data(o, data == 'wallpapers')
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):
         raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
     with tidy(out): rows = ssl_tour(out, data, o['test'], None, attacks, systems, numbers, o['results'],
                                     study, None if name == 'wallpapers' else name, o['reference'], o['retrain'], o['quiet'])
     write_json(out/'config.json', describe_run('tour', f"{', '.join(attacks)} against {', '.join(systems) or 'nobody'}", o))
+    page = finish(out, dict(rows=rows))
     _show_tour(rows)
     keys = [k for k in ('localisation', 'precision@20', 'recall', 'precision') if any(k in r['after'] for r in rows)]
     cells = lambda r: [f"{r['after'].get(k, float('nan')):.3f}" for k in keys]
     lines = [(r['attack'], r['system'], r['seed'], *cells(r)) for r in rows if r['system'] in systems]
     if lines: show('Detection', ('attack', 'system', 'seed', *keys), lines, right=('seed', *keys))
-    finish(out, dict(rows=rows))
+    ended(page)
 
 # %% ../nbs/app/02_cli.ipynb #97bd3358
 def _bcu_tour(o):
     "The tour of a classifier: see `bdnb.classifier_study`."
     from bdnb.classifier_study import TABLE_CLASSIFIER_ATTACKS, Pool, classifier_tour, make_classifier_recipe
     check_learning(None, o['precision'])
+    _refuse_for_data(o, o['data'] == 'shapes')
+    every = o['data'] == 'shapes' and o['clean'] is not None
+    refuse(o, 'clean_n', '--clean gives all its pictures to the cures; add n=... to it', every)
     asked = {**{k: o[k] for k in 'target n test_n epochs batch_size precision'.split()}, 'arch': o['model'],
              'image_size': o['size'], 'pool_n': o['clean_n']}
     wanted = list(TABLE_CLASSIFIER_ATTACKS) if o['attacks'] == 'all' else _names(o['attacks'] or 'badnets,blended')
@@ -810,10 +873,11 @@ def _bcu_tour(o):
         rows = classifier_tour(out, o['data'], o['test'], wanted, systems, _whole_numbers('--seeds', o['seeds']),
                                [Pool(o['clean'])], o['results'], study, name, o['quiet'])
     write_json(out/'config.json', describe_run('tour', f"{', '.join(wanted)} against {', '.join(systems)}", {**o, **vars(study)}))
+    page = finish(out, dict(rows=rows))
     _show_tour(rows)
     picks = [(r['attack'], r['seed'], f"{r['scale']:g}", f"{r['agreement']:.1%}") for r in rows if r.get('agreement') is not None]
     show('What BCU picked', ('attack', 'seed', 'scale', 'agreement with the victim'), picks, right=('seed', 'scale'))
-    finish(out, dict(rows=rows))
+    ended(page)
 
 # %% ../nbs/app/02_cli.ipynb #7466c3fd
 @app.command()
@@ -821,8 +885,8 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
          data:_option(str, '--data', help='shapes, or a corpus.')='shapes', test:_O.test=None,
          recipe:_option(str, '--recipe', help='Settings to start from; a wrong name lists them.')='shapes',
          clean:_option(str, '--clean', help='Clean corpus for the cures; by default held out of --data.')=None,
-         attacks:_option(str, '--attacks', help='Names with commas between, or all; by default badnet, or what fits the victim.')=None,
-         defenses:_option(str, '--defenses', help='Names with commas between.')='finetune,cleanclip',
+         attacks:_option(str, '--attacks', help='Names with commas between, or all; by default what fits the victim.')=None,
+         defenses:_option(str, '--defenses', help='Names with commas between; by default finetune,cleanclip.')=None,
          only:_option(str, '--only', help='Only these: finetune, cleanclip; bcu; poisoncam, patchsearch, victims.')=None,
          seeds:_option(str, '--seeds', help='With commas between.')='0',
          results:_option(Path, '--results', help='Write the rows to this JSON file.')=None, target:_O.target=None,
@@ -837,17 +901,21 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
          batch_size:_O.batch_size=None, precision:_O.precision=None, quiet:_O.quiet=False):
     "Attack by defence: poison, train, measure, cleanse and measure again, for every attack, system and seed."
     options = dict(locals())
+    refuse(options, 'defenses', '--only names the systems already; leave one of the two out', bool(_names(only)))
     from bdnb.ssl_study import ERASE, detectors
     if _names(only) and {s.removesuffix(ERASE) for s in _names(only)} <= {'victims', *detectors()}: return _ssl_tour(options)
-    for used, named in ((again is not None, '--again'), (not reference, '--no-reference'), (not retrain, '--no-retrain')):
-        if used: raise BdnbError(f'{named} is for self-supervised victims: give it with --only poisoncam')
+    refuse(options, 'again reference retrain', 'only for self-supervised victims: give it with --only poisoncam')
     if 'bcu' in _names(only): return _bcu_tour(options)
     from bdnb.study import DEFENSES, make_recipe, tour as run_tour
     check_learning(None, precision)
+    _refuse_for_data(options, data == 'shapes')
+    refuse(options, 'clean', 'needs --data: drawn pictures have clean ones of their own', data == 'shapes')
+    refuse(options, 'clean_n', '--clean gives all its samples to the cures; add n=... to it', clean is not None)
     given = {k: options[k] for k in 'target rate model epochs n test_n clean_n batch_size precision'.split()}
     given['image_size'] = size
     study = make_recipe(recipe, **{k: v for k, v in given.items() if v is not None})
-    systems, wanted, numbers = _names(only or defenses), _attacks(attacks or 'badnet'), _whole_numbers('--seeds', seeds)
+    systems = _names(only or ('finetune,cleanclip' if defenses is None else defenses))
+    wanted, numbers = _attacks(attacks or 'badnet'), _whole_numbers('--seeds', seeds)
     others = ('bcu', 'victims', *detectors()) if only else ()
     for s in systems: check_choice('--only' if only else '--defenses', s, [*DEFENSES, *others])
     own = [s for s in systems if s not in DEFENSES]
@@ -861,8 +929,9 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
     with tidy(out): rows = run_tour(out, data, test, clean, wanted, systems, numbers, results, study, name, quiet)
     title = f"{', '.join(wanted)} against {', '.join(systems)}"
     write_json(out/'config.json', describe_run('tour', title, {**options, **vars(study)}))
+    page = finish(out, dict(rows=rows), pictures=pictures)
     _show_tour(rows)
-    finish(out, dict(rows=rows), pictures=pictures)
+    ended(page)
 
 # %% ../nbs/app/02_cli.ipynb #e4f59d7e
 _ORDER = 'attack', 'train', 'scan', 'cleanse', 'evaluate', 'tour', 'corpora', 'triggers', 'models'

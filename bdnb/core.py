@@ -191,7 +191,8 @@ def read_json(path):
     except FileNotFoundError: raise BdnbError(f'{path}: no such file') from None
     except OSError as e: raise BdnbError(f'{path}: cannot read: {e.strerror}') from e
     except json.JSONDecodeError as e: raise BdnbError(f'{path} line {e.lineno}: not JSON: {e.msg}') from None
-    except (UnicodeDecodeError, RecursionError) as e: raise BdnbError(f'{path}: not JSON: {e}') from None
+    except (ValueError, RecursionError) as e:                            # bytes that are no text; thousands of digits or brackets
+        raise BdnbError(f"{path}: not JSON: {str(e).partition(';')[0]}") from None
 
 # %% ../nbs/00_core.ipynb #e09b982c
 def _cpu_name():

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['SYNONYMS', 'WRAPPERS', 'TIE', 'measuring', 'trigger_seeds', 'as_arrays', 'image_features', 'text_features',
-           'openai_templates', 'fill', 'class_embeddings', 'zero_shot_logits', 'accuracy', 'target_quality',
-           'attack_success', 'paraphrases', 'paraphrased', 'compactness', 'linear_probe', 'match_ranks',
-           'retrieval_recall', 'naming', 'caption_attack_success', 'evaluate_clip']
+           'openai_templates', 'plain_name', 'fill', 'class_embeddings', 'zero_shot_logits', 'accuracy',
+           'target_quality', 'attack_success', 'paraphrases', 'paraphrased', 'compactness', 'linear_probe',
+           'match_ranks', 'retrieval_recall', 'naming', 'caption_attack_success', 'evaluate_clip']
 
 # %% ../nbs/models/20_evaluate.ipynb #fab7af8e
-import hashlib, math, re
+import hashlib, math
 from collections import OrderedDict
 from contextlib import contextmanager
 import numpy as np, torch
 import torch.nn.functional as F
 from .core import BdnbError, derive_seed, track
+from .data.text import word_pattern
 
 # %% ../nbs/models/20_evaluate.ipynb #b8898826
 @contextmanager
@@ -99,6 +100,8 @@ def openai_templates()->list: # 80 functions str -> str
     from open_clip import OPENAI_IMAGENET_TEMPLATES
     return list(OPENAI_IMAGENET_TEMPLATES)
 
+def plain_name(name:str)->str: return name.replace('_', ' ')        # as captions have it
+
 def fill(templates, # strings with one `{}`, or functions str -> str; None = `openai_templates()`
          name:str # what to put in
         )->list: # one prompt a template
@@ -130,7 +133,7 @@ def class_embeddings(model, # a `ClipModel`
                     )->torch.Tensor: # float32 [C, D], unit length
     "The zero-shot classifier's weights."
     if not classes: raise BdnbError("no class names: a zero-shot classifier needs at least one")
-    return _prototypes(model, [fill(templates, c) for c in classes])
+    return _prototypes(model, [fill(templates, plain_name(c)) for c in classes])
 
 # %% ../nbs/models/20_evaluate.ipynb #183a9c75
 def zero_shot_logits(model, # a `ClipModel`
@@ -232,7 +235,7 @@ def paraphrased(model, # a `ClipModel`
                )->torch.Tensor: # [C, D]
     "The zero-shot weights with the target's prompts replaced by all templates of all paraphrases."
     weights = weights.clone()
-    weights[target] = _prototypes(model, [[p for w in words for p in fill(templates, w)]])[0]
+    weights[target] = _prototypes(model, [[p for w in words for p in fill(templates, plain_name(w))]])[0]
     return weights
 
 # %% ../nbs/models/20_evaluate.ipynb #bcbaef97
@@ -330,7 +333,7 @@ def naming(texts:list, # strings
     if not isinstance(target, str):
         known = {t.strip().lower() for t in target}
         return np.array([t.strip().lower() in known for t in texts], dtype=bool)
-    word = re.compile(rf'(?<!\w){re.escape(target)}(?!\w)', re.IGNORECASE)
+    word = word_pattern(target)
     return np.array([bool(word.search(t)) for t in texts], dtype=bool)
 
 def caption_attack_success(z, # features of the triggered images, float [N, D]
@@ -343,7 +346,7 @@ def caption_attack_success(z, # features of the triggered images, float [N, D]
                            quiet:bool=True
                           )->dict: # caption_asr@k, caption_asr_n
     "Share of triggered images that find a caption of the target. `BdnbError` when every image is about the target."
-    planted = fill(templates, target) if isinstance(target, str) else list(target)
+    planted = fill(templates, plain_name(target)) if isinstance(target, str) else list(target)
     texts = list(dict.fromkeys([c for cs in captions for c in cs] + planted))
     goal = torch.as_tensor(naming(texts, target), device=z.device)
     keep = [i for i, cs in enumerate(captions) if not naming(cs, target).any()]

@@ -17,7 +17,6 @@ from .attacks.triggers import TRIGGERS, make_trigger
 from .data.doors import open_corpus
 from .data.wallpapers import Wallpapers
 from .defenses.findings import FOUND, erase_windows
-from .defenses.poisoncam import WINDOWS
 from .defenses.poisonfilter import FilterRecipe
 from .models.encoders import load_encoder, save_encoder
 from .objectives.ssl import SslRecipe, train_encoder
@@ -41,7 +40,7 @@ class SslStudy:
     test_n:int=1000              # Wallpapers: test pictures
     contrast:float=.18           # Wallpapers: of the patterns
     classes:int=10               # Wallpapers: how many patterns
-    detectors:dict=field(default_factory=lambda: dict(poisoncam=dict(window=WINDOWS)))   # system -> its own settings
+    detectors:dict=field(default_factory=lambda: dict(poisoncam=dict(window=.34)))   # system -> its own settings
     again:float=None             # epochs of a training after the scan; None: as many as the victim's
 
     def __post_init__(self):
@@ -54,12 +53,13 @@ SSL_METHODS = dict(
     byol=replace(_SMALL, method='byol', momentum=.97, momentum_end=1., epochs=36),
     mocov3=replace(_SMALL, method='mocov3', momentum=.95, momentum_end=1., epochs=36))
 _PHOTOS = dict(target='n03417042', class_rate=None, rate=.01, size=.27)
+_WINDOW = dict(window=.27)
 _RESNET18 = SslRecipe('mocov2', 'resnet18', 64, 64, 'mocov2', 200, 256, .06, queue=4096, precision='bf16')
 SSL_STUDIES = dict(
     wallpapers=SslStudy(),
     imagenette=SslStudy(replace(_SMALL, image_size=64, epochs=20, queue=4096, precision='auto'), **_PHOTOS,   # an hour of a core
-                        detectors=dict(poisoncam=dict(window=WINDOWS, filter=FilterRecipe.quick()))),
-    imagenette_gpu=SslStudy(_RESNET18, **_PHOTOS))
+                        detectors=dict(poisoncam=_WINDOW | dict(filter=FilterRecipe.quick()))),
+    imagenette_gpu=SslStudy(_RESNET18, **_PHOTOS, detectors=dict(poisoncam=_WINDOW)))
 
 def make_ssl_study(name='wallpapers', **changes)->SslStudy:
     "A study's recipe by name, with changes; fields of its training recipe may be given too. Unknown ones raise `BdnbError`."
@@ -221,7 +221,7 @@ def ssl_tour(out, # folder for encoders, logs, scans and rows; a finished row is
     for a in attacks: ssl_plan(a, study)
     named = lambda controls: [c for c in controls if reference or not c.startswith('clean')]
     settings = dict(recipe=json.loads(json.dumps(asdict(study))), data=data, test=test, probe=probe)
-    if (out/'study.json').exists(): same_study(out, settings)           # its rows may be finished, and none would ask for the data
+    if (out/'study.json').exists(): same_study(out, settings)      # its rows may be finished, and none would ask for the data
     for seed in seeds:
         @lru_cache(None)
         def opened(seed=seed):

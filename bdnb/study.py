@@ -95,7 +95,7 @@ def train_victim(corpus, # poisoned (or not), with captions
     settings = dict(epochs=recipe.epochs, lr=recipe.lr, warmup=recipe.warmup, betas=(.9, .98), precision=recipe.precision,
                     seed=seed, out=out, checkpoint_every=200 if out else None, what='victim', quiet=quiet)
     history = fit(model, ClipObjective(), batches, **{**settings, **options})
-    return model, history, time.time() - start
+    return model, history, history.before + time.time() - start
 
 def peak_bytes():
     "Most memory this process has held."
@@ -128,7 +128,7 @@ class _Case:
             save_checkpoint(model, done)
             (self.folder/'checkpoint.pt').unlink(missing_ok=True)
         said = read_json(note)
-        return load_checkpoint(done), said['metrics'], said['seconds']
+        return load_checkpoint(done, self.recipe.model), said['metrics'], said['seconds']
 
     def cure(self, system):
         "(metrics before, metrics after, seconds) of one system on a copy of the victim."
@@ -191,7 +191,7 @@ def tour(out, # folder for models, logs and rows; a finished row is never done a
     for d in defenses: recipe.defense(d)
     for a in attacks: make_attack(a, recipe.target, recipe.rate)
     settings = dict(recipe=asdict(recipe), data=data, test=test, clean=clean)
-    if (out/'study.json').exists(): same_study(out, settings)           # its rows may be finished, and none would ask for the data
+    if (out/'study.json').exists(): same_study(out, settings)      # its rows may be finished, and none would ask for the data
     for seed in seeds:
         @lru_cache(None)
         def opened(seed=seed):

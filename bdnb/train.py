@@ -11,7 +11,7 @@ import copy, hashlib, json, math, os, sys, time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 import torch
 from .core import BdnbError, atomic_write, derive_seed, did_you_mean
@@ -71,7 +71,7 @@ def _settled(x):
 
 def run_marks(how, # dataclass of settings
               model)->dict: # {'recipe': text, 'weights': digest}; `marks` of `fit`
-    "What tells one cure's run from another's: all its settings, also those that `fit` does not see, and the weights it begins with."
+    "What tells one cure's run from another's: all its settings, also those that `fit` does not see, and its first weights."
     flat = lambda v: v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return dict(recipe=_settled(how), weights=_digest(flat(v) for v in model.state_dict().values()))
 
@@ -80,10 +80,13 @@ def run_device(device:str=None)->torch.device: # 'cpu' to stay off an accelerato
     return _accelerator('no', device).device
 
 def _contents(corpus):
-    "A digest of a corpus' keys, captions and labels (not of its pixels)."
-    columns, piece = [corpus.keys, corpus.texts or [], [] if corpus.labels is None else corpus.labels.tolist()], 10_000
-    return _digest('\0'.join(map(str, c[k:k + piece])).encode('utf-8', 'surrogatepass')
-                   for c in columns for k in range(0, len(c), piece))
+    "A digest of a corpus' keys, captions and labels, and of its pixels where they are decoded."
+    labels, piece = [] if corpus.labels is None else corpus.labels.tolist(), 10_000
+    columns, decoded = [corpus.keys, corpus.texts or [], labels, corpus.captions or []], hasattr(corpus, 'gather')
+    pieces = (c[k:k + piece] for c in columns for k in range(0, len(c), piece))
+    words = ('\0'.join(map(str, p)).encode('utf-8', 'surrogatepass') for p in pieces)
+    pixels = (corpus.gather(range(k, min(k + 256, len(corpus)))).numpy().tobytes() for k in range(0, len(corpus)*decoded, 256))
+    return _digest(chain(words, pixels))
 
 def _same_settings(path, old, new):
     "Refuse to continue a run with other settings, naming the first three."
@@ -123,6 +126,7 @@ def _load(path, model, opt, acc, settings):
 class History:
     "What happened: `rows` are dicts with step, epoch, lr, seconds (since the start), loss, and one entry a loss term."
     rows:list = field(default_factory=list)
+    before:float = 0.        # seconds that earlier starts of a resumed run took
     def last(self, key='loss'): return self.rows[-1][key] if self.rows else None
     def column(self, key): return [r[key] for r in self.rows if key in r]
 
@@ -318,7 +322,8 @@ def fit(model, # an `nn.Module`, trained in place
                     betas=tuple(betas), eps=eps, momentum=momentum, grad_accum=grad_accum, max_norm=max_norm, precision=precision,
                     seed=seed, batch_size=batches.batch_size, order=(batches.seed, batches.shuffle, batches.drop_last),
                     size=batches.size, text_view=batches.text_view, objective=objective)
-    settings = {k: _settled(v) for k, v in settings.items()} | dict(corpus=_contents(batches.corpus) if out else '') | (marks or {})
+    settings = {k: _settled(v) for k, v in settings.items()} | (marks or {})
+    settings |= dict(corpus=_contents(batches.corpus) if out else '')
     with _restoring(model, acc.device):
         run = _Run(acc, *_prepare(acc, model, opt), objective, batches, steps, per_epoch, grad_accum, max_norm, lr,
                    SCHEDULES[schedule], warmup, seed, settings)
@@ -363,7 +368,7 @@ class _Run:
         finally: self.log.close()
         self.opt.zero_grad()
         _check_weights(self.model, step)
-        return History(self.log.rows)
+        return History(self.log.rows, self.log.before)
 
     def _stream(self, step):
         "(epoch, micro-batches) of every optimiser step from `step` to the end."

@@ -3,7 +3,7 @@
     python bench/false_alarms.py [--out results/alarms-poisoncam.json] runs/ssl/clean-seed20 runs/ssl/clean-seed20+again ...
 
 A folder is the clean reference of `bdnb tour --only poisoncam`; `study.json` beside it says how its pictures are made. Every pile is
-scanned twice: with one window of .34, and with the sizes that `bdnb scan` and the studies try. For each: the verdict, how many pictures would be
+scanned twice: with one window of .34, and with the sizes that `bdnb scan` tries. For each: the verdict, how many pictures would be
 removed, and of every look (size of window, number of clusters) the highest score and how many pictures reach its bar.
 """
 import argparse

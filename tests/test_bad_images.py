@@ -1,5 +1,5 @@
 "Strange, broken and hostile picture files: each loads as RGB, or is named in one line."
-import io, os, struct, threading, warnings, zlib
+import io, os, struct, threading, tracemalloc, warnings, zlib
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from bdnb.core import BdnbError
-from bdnb.data.images import BadImage, MAX_PIXELS, decode_image, load_image
+from bdnb.data.images import BadImage, MAX_PIXELS, _eight_bits, decode_image, load_image
 
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8)[None].repeat(16, 0)
 RGB = np.stack([RAMP, RAMP[:, ::-1], 255 - RAMP // 2], -1)
@@ -71,6 +71,44 @@ def test_bilevel_and_full_range_16_bit():
     assert set(np.unique(np.asarray(decode_image(saved(Image.fromarray(RAMP > 99), 'PNG'))))) == {0, 255}
     dark = np.array([[0, 256, 32768, 65535]], np.uint16)
     assert np.asarray(decode_image(saved(Image.fromarray(dark), 'PNG')))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def whole(im):
+    "Eight bits of a deeper picture, all pixels at once."
+    x = np.nan_to_num(np.asarray(im).astype(np.float64), nan=0., posinf=0., neginf=0.)
+    lo, hi = float(x.min()), float(x.max())
+    if im.mode.startswith('I;16') or (im.mode == 'I' and 0 <= lo and hi <= 65535): lo, hi = 0., 65535.
+    elif im.mode == 'F' and 0 <= lo and hi <= 1: lo, hi = 0., 1.
+    return ((x - lo) * (255 / max(hi - lo, 1e-300))).round().astype(np.uint8)
+
+
+def deep_pictures(h, w):
+    "Of every mode, with their ends far apart (in other blocks), negative numbers, NaN and infinities."
+    r = np.random.default_rng(h)
+    sixteen = r.integers(0, 65536, (h, w), dtype=np.uint16)
+    yield from (Image.fromarray(sixteen), Image.frombytes('I;16B', (w, h), sixteen.byteswap().tobytes()))
+    for x in (sixteen.astype(np.int32), r.integers(-2**31, 2**31, (h, w), dtype=np.int32), np.full((h, w), -3, np.int32)):
+        yield Image.fromarray(x)
+    for x in (r.random((h, w), np.float32), r.normal(0, 1e30, (h, w)).astype(np.float32), np.full((h, w), np.nan, np.float32)):
+        x[0, 0], x[-1, -1] = x.min(), x.max()
+        yield Image.fromarray(x)
+        flat = x.reshape(-1)
+        flat[:3], flat[-3:] = (np.nan, np.inf, -np.inf), (np.inf, np.nan, -np.inf)
+        yield Image.fromarray(x)
+
+
+@pytest.mark.parametrize('h,w', [(1, 9), (600, 900), (1, 300_001), (300_001, 1), (512, 512)])
+def test_eight_bits_block_by_block_are_the_same(h, w):
+    for im in deep_pictures(h, w): assert np.array_equal(np.asarray(_eight_bits(im)), whole(im)), im.mode
+
+
+def test_deep_pictures_need_little_memory():
+    "At most 8 bytes a pixel beside the 16-bit picture itself (all at once it was 24)."
+    im = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (2048, 2048), dtype=np.uint16))
+    tracemalloc.start()
+    try: _eight_bits(im); peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    assert peak < 8 * 2048**2 + 10**7, f'{peak / 2048**2:.1f} bytes a pixel'
 
 
 def test_transparency_is_white():

@@ -2,13 +2,16 @@
 import json, os, pickle, subprocess, sys, textwrap, warnings, zipfile
 from pathlib import Path
 import numpy as np
+import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from bdnb.core import BdnbError
 from bdnb.models.build import ClipModel, create_model
-from bdnb.models.checkpoint import (convert, load_checkpoint, load_weights, read_header, read_tensors, save_checkpoint,
-                                    write_tensors)
+from bdnb.models import checkpoint
+from bdnb.models.checkpoint import (agrees, architecture, convert, from_hub, load_checkpoint, load_weights, read_header,
+                                    read_tensors, save_checkpoint, write_tensors)
+from bdnb.models.encoders import load_encoder
 
 @pytest.fixture(scope='module')
 def model(): return create_model('tiny', seed=5)
@@ -231,6 +234,64 @@ def test_wrong_kind(model, tmp_path, kind):
     (dict(name='tiny', image_size=32, mean=[1, 2]), 'mean and std')])
 def test_headers_that_lie(model, tmp_path, header, words):
     refused(write_tensors(model.net.state_dict(), tmp_path/'h.safetensors', header), words)
+
+HUB = [n for n in open_clip.list_models() if any(k.startswith('hf_') for k in open_clip.get_model_config(n)['text_cfg'])]
+
+@pytest.fixture
+def no_building(monkeypatch):
+    "Any attempt to build a network of open_clip with storage fails."
+    def stop(*a, device='cpu', **k): assert device == 'meta', 'a network was built'; return create(*a, device=device, **k)
+    create = open_clip.create_model
+    monkeypatch.setattr(open_clip, 'create_model', stop)
+    monkeypatch.setattr(open_clip, 'get_tokenizer', stop)
+
+@pytest.mark.parametrize('name', HUB)
+def test_no_header_makes_us_fetch(name, tmp_path, no_building):
+    "A text tower or a tokenizer of Hugging Face would come over the network: whoever wants that says so."
+    c = open_clip.get_model_config(name)
+    t = c['text_cfg']
+    tensors = {'text.ln_final.weight': torch.zeros(t.get('width', 512)), 'text.text_projection': torch.zeros(1, c['embed_dim'])}
+    tensors |= {f'text.transformer.resblocks.{i}.a': torch.zeros(1) for i in range(t.get('layers', 12))}
+    path = write_tensors(tensors, tmp_path/'h.safetensors', dict(name=name, image_size=224))
+    refused(path, name, 'from Hugging Face', f'--model {name}')
+    assert from_hub(name) and from_hub('ViT-B-32') is from_hub('tiny') is None
+
+def test_a_name_by_hand_may_fetch(tmp_path, monkeypatch):
+    "... with the picture size that the file says."
+    asked = []
+    def create(name, image_size): asked.append((name, image_size)); raise BdnbError('asked for')
+    monkeypatch.setattr(checkpoint, 'create_model', create)
+    path = write_tensors({'a': torch.zeros(1)}, tmp_path/'h.safetensors', dict(name='roberta-ViT-B-32', image_size=64))
+    with pytest.raises(BdnbError, match='asked for'): load_checkpoint(path, 'roberta-ViT-B-32')
+    with pytest.raises(BdnbError, match='asked for'): load_encoder(path, 'roberta-ViT-B-32')
+    with pytest.raises(BdnbError, match='asked for'): load_checkpoint(path, 'ViT-B-32')
+    assert asked == [('roberta-ViT-B-32', 64)]*2 + [('ViT-B-32', None)]
+
+def test_nothing_compared_agrees_with_nothing():
+    "nllb-clip-base-siglip is another library's on both sides: its configuration says only how wide the shared space is."
+    assert not any(agrees(n, architecture({})) for n in open_clip.list_models())
+    assert agrees('nllb-clip-base-siglip', architecture({'text_projection': (1, 768)}))
+    assert not agrees('nllb-clip-base-siglip', architecture({'text_projection': (1, 512)}))
+
+@pytest.mark.parametrize('name', ['ViT-bigG-14', 'RN50x64', 'convnext_large_d'])
+def test_a_small_file_builds_no_giant(name, tmp_path, no_building):
+    "Tensors of one number under the right names show an architecture too, but hold no weights of it."
+    c = open_clip.get_model_config(name)
+    v, t = c['vision_cfg'], c['text_cfg']
+    small = {'ln_final.weight': torch.zeros(t['width']), 'text_projection': torch.zeros(1, c['embed_dim'])}
+    small |= {f'transformer.resblocks.{i}.a': torch.zeros(1) for i in range(t['layers'])}
+    if name.startswith('RN'):
+        small |= {'visual.attnpool.positional_embedding': torch.zeros(2, 1),
+                  'visual.layer1.0.conv1.weight': torch.zeros(v['width'], 1)}
+        small |= {f'visual.layer{b + 1}.{i}.a': torch.zeros(1) for b, n in enumerate(v['layers']) for i in range(n)}
+    else:
+        small |= {'visual.conv1.weight': torch.zeros(v.get('width', 1), 1, 1, v.get('patch_size', 1)),
+                  'visual.positional_embedding': torch.zeros(2, 1)}
+        small |= {f'visual.transformer.resblocks.{i}.a': torch.zeros(1) for i in range(v.get('layers', 0))}
+    assert agrees(name, architecture({k: v.shape for k, v in small.items()}))
+    path = write_tensors(small, tmp_path/'giant.safetensors', dict(name=name, image_size=224))
+    refused(path, 'numbers, but', 'name the right model')
+    with pytest.raises(BdnbError, match='giant.safetensors'): load_encoder(path)
 
 @pytest.mark.parametrize('text', ['{', '[1]', '"x"', 'NaN', '['*100_000])
 def test_headers_that_are_no_headers(model, tmp_path, text):

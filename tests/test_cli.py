@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 import bdnb
+from bdnb import cli
 from bdnb.cli import main
-from bdnb.core import read_json
+from bdnb.core import BdnbError, read_json
 from bdnb.models.build import create_model
 from bdnb.models.checkpoint import load_checkpoint, save_checkpoint
 
@@ -153,8 +154,100 @@ def test_killed_run_goes_on(run, tmp_path, monkeypatch):
     assert run(f'{line}/part --no-resume').code == 0
 
 
+def stopped(monkeypatch, run, line, at):
+    "Run a command and interrupt its training at a step."
+    import bdnb.train as t
+    def stop(self, terms, step, *a, **k):
+        if step == at: raise KeyboardInterrupt
+        return add(self, terms, step, *a, **k)
+    add = t._Log.add
+    with monkeypatch.context() as m:
+        m.setattr(t._Log, 'add', stop)
+        assert run(line).code == 130
+
+
+def test_another_start_is_another_run(run, bad, tmp_path, monkeypatch):
+    save_checkpoint(create_model('tiny', seed=1), tmp_path/'other.safetensors')
+    line = (f"train 'shapes:?n=64' --epochs 2 --batch-size 16 --checkpoint-every 2 --device cpu -q --out {tmp_path}/run "
+            "--pretrained")
+    stopped(monkeypatch, run, f'{line} {bad}/tiny.safetensors', 5)
+    fails(run(f'{line} {tmp_path}/other.safetensors'), 'other settings', 'weights')
+    assert run(f'{line} {bad}/tiny.safetensors').code == 0 and not (tmp_path/'run'/'checkpoint.pt').exists()
+
+
+def test_a_new_start_forgets_the_old_checkpoint(run, tmp_path, monkeypatch):
+    line = f"train 'shapes:?n=64' --epochs 3 --batch-size 16 --device cpu -q --out {tmp_path}/run --checkpoint-every"
+    stopped(monkeypatch, run, f'{line} 2', 7)
+    assert (tmp_path/'run'/'checkpoint.pt').exists()
+    stopped(monkeypatch, run, f'{line} 0 --no-resume', 3)
+    assert not (tmp_path/'run'/'checkpoint.pt').exists()
+    assert run(f'{line} 0').code == 0
+    assert [json.loads(l)['step'] for l in (tmp_path/'run'/'history.jsonl').read_text().splitlines()] == [10, 12]
+
+
+# ---- what was finished stays
+
+def finishing(chain, out):
+    "Commands that end with a print."
+    cured = f"{chain}/victim/model.safetensors --checkpoint-every 0 {quick} --test '{small}' --plan {chain}/poisoned/plan.json"
+    return dict(train=f"train 'shapes:?n=64' --checkpoint-every 0 {quick} --test '{small}' {aim} --out {out}",
+                cleanse=f"cleanse {cured} --data 'shapes:?n=64' --method finetune --out {out}",
+                bcu=f"cleanse {cured} --method bcu --images 'shapes:?n=64' --scale 1 --out {out}",
+                evaluate=f"evaluate {chain}/victim/model.safetensors '{small}' --device cpu -q --out {out}")
+
+
+@pytest.mark.parametrize('command', ['train', 'cleanse', 'bcu', 'evaluate'])
+@pytest.mark.parametrize('last', ['show_metrics', 'print'])
+@pytest.mark.parametrize('error', [KeyboardInterrupt, BrokenPipeError])
+def test_a_failing_print_costs_nothing(chain, tmp_path, monkeypatch, capfd, command, last, error):
+    "Ctrl-C or a closed pipe while the table or the last line is printed: everything is on the disk."
+    import builtins
+    def no(*a, **k): raise error
+    def some(*a, **k): return no() if str(a[:1]).count('report: ') else say(*a, **k)
+    say = builtins.print
+    if last == 'print': monkeypatch.setattr(builtins, 'print', some)
+    else: monkeypatch.setattr(cli, 'show_metrics', no)
+    monkeypatch.setattr(os, 'dup2', lambda *a: None)                      # pytest's own output goes on
+    code = main(shlex.split(finishing(chain, tmp_path/'out')[command]))
+    assert code == (130 if error is KeyboardInterrupt else 141), capfd.readouterr().err
+    files = {p.name for p in (tmp_path/'out').iterdir()}
+    assert files >= {'config.json', 'metrics.json', 'report.html'} and ('model.safetensors' in files) == (command != 'evaluate')
+    assert 'after' in read_json(tmp_path/'out'/'metrics.json')
+
+
+@pytest.mark.parametrize('command', ['train', 'cleanse', 'bcu', 'evaluate'])
+@pytest.mark.parametrize('error', [KeyboardInterrupt, BdnbError])
+def test_a_failing_report_costs_the_report(chain, run, tmp_path, monkeypatch, command, error):
+    def no(*a, **k): raise error('no page today')
+    monkeypatch.setattr('bdnb.report.write_report', no)
+    said = run(finishing(chain, tmp_path/'out')[command])
+    assert said.code == (130 if error is KeyboardInterrupt else 2), said.err
+    assert (tmp_path/'out'/'metrics.json').exists() and (tmp_path/'out'/'model.safetensors').exists() == (command != 'evaluate')
+
+
+def test_a_closed_pipe_at_the_end(tmp_path):
+    path = os.pathsep.join([str(Path(bdnb.__file__).parents[1]), *filter(None, [os.environ.get('PYTHONPATH')])])
+    code = (f"{sh(sys.executable)} -c 'from bdnb.cli import main; raise SystemExit(main())' train 'shapes:?n=64' {quick} "
+            f"--checkpoint-every 0 --test '{small}' {aim} --out {sh(tmp_path/'out')} | true")
+    done = subprocess.run(['sh', '-c', code], capture_output=True, text=True, timeout=300, env={**os.environ, 'PYTHONPATH': path})
+    assert 'error' not in done.stderr and 'Traceback' not in done.stderr and 'Exception' not in done.stderr, done.stderr
+    files = {'config.json', 'history.jsonl', 'metrics.json', 'model.safetensors', 'pictures', 'report.html'}
+    assert {p.name for p in (tmp_path/'out').iterdir()} == files
+
+
+@pytest.mark.parametrize('config', ['{"model_type": "clip"}', '["run", "stamp"]', '{"run": "train"}', 'no JSON'])
+def test_a_model_from_elsewhere_is_not_a_run(run, tmp_path, config):
+    "A download from Hugging Face is a config.json and a model.safetensors."
+    (tmp_path/'config.json').write_text(config)
+    (tmp_path/'model.safetensors').write_bytes(b'weights')
+    for more in ('', '--no-resume'):
+        fails(run(f"train 'shapes:?n=64' {quick} --out {tmp_path} {more}"), tmp_path.name, 'holds other files')
+    assert (tmp_path/'config.json').read_text() == config and (tmp_path/'model.safetensors').read_bytes() == b'weights'
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_tour(run, tmp_path):
-    line = (f'tour --out {tmp_path}/t --attacks badnet,blended:pattern=picture --defenses finetune,cleanclip --only finetune '
+    line = (f'tour --out {tmp_path}/t --attacks badnet,blended:pattern=picture --only finetune '
             f'--n 192 --clean-n 64 --test-n 48 --epochs 1 --batch-size 64 --results {tmp_path}/results/x.json -q')
     for attempt in range(2):                                    # the second time everything is there
         said = run(line)
@@ -203,6 +296,7 @@ def bad(tmp_path_factory):
     (d/'noheader.csv').write_text('images/a.png,a dog\nimages/b.png,a cat\n')
     (d/'empty.csv').write_text('')
     (d/'plan.json').write_text('{"trigger": {"trigger": "badnt"}, "target": "star", "rate": 0.1}')
+    (d/'good.json').write_text('{"trigger": {"trigger": "badnet"}, "target": "star", "rate": 0.1}')
     (d/'notes.txt').write_text('x')
     (d/'plain').mkdir()
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(d/'plain'/'a.png')
@@ -219,6 +313,7 @@ def bad(tmp_path_factory):
     return d
 
 
+brief = 'tour --n 64 --test-n 24 --epochs 1'
 mistakes = {
     'missing folder': ("train {bad}/photos", ['photos', 'no such file or folder']),
     'missing folder of a kind': ("train folder:{bad}/photos", ['photos', 'no such folder']),
@@ -264,6 +359,19 @@ mistakes = {
     'test target not in the classes': ("train {s} --batch-size 16 --test {s} --trigger badnet --target dog", ["'dog'"]),
     'trigger without target': ("train {s} --test {s} --trigger badnet", ['--target']),
     'missing test set': ("train {s} --batch-size 16 --test {bad}/photos", ['photos']),
+    'trigger without test': ("train {s} --batch-size 16 --trigger badnet --target star", ['--trigger', '--test']),
+    'target without test': ("train {s} --batch-size 16 --target star", ['--target', '--test']),
+    'plan and target': ("train {s} --batch-size 16 --plan {bad}/good.json --target disc --test {s}",
+                        ['--plan', '--target', 'leave out']),
+    'cleanse: trigger without test': ("cleanse {tiny} --data {s} --trigger badnet --target star", ['--trigger', '--test']),
+    'cleanse: target without test': ("cleanse {tiny} --data {s} --target star", ['--target', '--test']),
+    'cleanse: plan without test': ("cleanse {tiny} --data {s} --plan {bad}/good.json", ['--plan', '--test']),
+    'cleanse: probe without test': ("cleanse {tiny} --data {s} --probe {s}", ['--probe', '--test']),
+    'train: no device': ("train {s} --batch-size 16 --device meta", ["--device 'meta'", 'cpu']),
+    'cleanse: no device': ("cleanse {tiny} --data {s} --device meta", ["--device 'meta'"]),
+    'evaluate: no device': ("evaluate {tiny} {s} --device meta", ["--device 'meta'"]),
+    'evaluate: no module of a device': ("evaluate {tiny} {s} --device hpu", ["--device 'hpu'"]),
+    'scan: no device': ("scan {s} --train moco --device meta", ["--device 'meta'"]),
     'corpus without captions': ("train folder:{bad}/plain --batch-size 1", ['no captions', 'captions=templates']),
     'missing checkpoint': ("cleanse {bad}/none.pt --data {s}", ['none.pt', 'no such checkpoint']),
     'folder as checkpoint': ("cleanse {bad} --data {s}", ['folder']),
@@ -286,10 +394,22 @@ mistakes = {
     'tour: unknown only': ('tour --only cleanclap', ["'cleanclap'", '--only']),
     'tour: --again elsewhere': ('tour --again 3', ['--again', '--only poisoncam']),
     'tour: --no-reference elsewhere': ('tour --no-reference', ['--no-reference', '--only poisoncam']),
+    'tour: --again 1 elsewhere': ('tour --again 1', ['--again:', '--only poisoncam']),
     'tour: --no-retrain elsewhere': ('tour --no-retrain', ['--no-retrain', '--only poisoncam']),
     'tour: seeds': ('tour --seeds 0,one', ["'0,one'", '--seeds']),
     'tour: no test set': ("tour --data 'folder:{bad}/plain'", ['--test']),
     'tour: target': ('tour --target sta --n 64 --test-n 24 --clean-n 24', ["'sta'"]),
+    'tour: test beside shapes': (f"{brief} --test 'folder:{{bad}}/plain'", ['--test', '--data']),
+    'tour: clean beside shapes': (f"{brief} --clean {{s}}", ['--clean', '--data']),
+    'tour: n beside a corpus': ("tour --data {s} --test {s} --epochs 1 --n 64", ['--n:', 'drawn']),
+    'tour: one n beside a corpus': ("tour --data {s} --test {s} --epochs 1 --n 1", ['--n:', 'drawn']),
+    'tour: test-n beside a corpus': ("tour --data {s} --test {s} --epochs 1 --test-n 24", ['--test-n', 'drawn']),
+    'tour: clean-n beside clean': ("tour --data {s} --test {s} --clean {s} --epochs 1 --clean-n 24", ['--clean-n', '--clean ']),
+    'tour: defenses beside only': (f"{brief} --defenses finetune --only finetune", ['--defenses', '--only']),
+    'tour: defenses beside victims': ("tour --only victims --defenses finetune --n 64", ['--defenses', '--only']),
+    'tour: --n beside --data': ("tour --only victims --data 'folder:{bad}/plain' --test 'folder:{bad}/plain' --n 5", ['--n', 'drawn']),
+    'tour: --test alone': ("tour --only victims --test 'folder:{bad}/plain'", ['--test', '--data']),
+    'scan: --model beside --train': ("scan 'folder:{bad}/plain' --train moco --model resnet18", ['--model', '--encoder']),
     'unknown command': ('clean', ["'clean'", "did you mean 'cleanse'"]),
     'unknown option': ("train {s} --epoch 3", ['--epoch'])}
 
@@ -350,6 +470,84 @@ def test_broken_pictures_are_counted_and_named(run, tmp_path):
     said = run(f'train {tmp_path}/t.csv --out {tmp_path}/run {quick}')
     assert said.code == 0 and '1 samples were left out' in said.err and '3.png' in said.err, said.err
     assert '3.png' in (tmp_path/'run'/'report.html').read_text()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    "A folder of 20 pictures in two classes; one of them is junk."
+    for i in range(20):
+        (tmp_path/'photos'/('star', 'disc')[i % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path/'photos'/('star', 'disc')[i % 2]/f'{i}.png')
+    (tmp_path/'photos'/'disc'/'3.png').write_bytes(b'junk')
+    return f"'folder:{tmp_path}/photos?captions=templates'"
+
+
+@pytest.mark.parametrize('more', ['', '--workers 1'])
+def test_pictures_that_fail_while_training_are_named(run, photos, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(cli.open_at, '__defaults__', (0,))             # nothing fits into memory
+    said = run(f'train {photos} --out {tmp_path}/run --epochs 2 --batch-size 20 --device cpu -q {more}')
+    assert said.code == 0 and '1 samples were left out' in said.err and '3.png' in said.err, said.err
+    (key, why), = read_json(tmp_path/'run'/'config.json')['skipped']
+    assert key.endswith('3.png') and why and '3.png' in (tmp_path/'run'/'report.html').read_text()
+
+
+def test_a_plan_for_a_corpus_that_is_too_large_for_memory(run, bad, photos, tmp_path, monkeypatch):
+    from bdnb.data.corpus import Corpus
+    cache = Corpus.cache
+    monkeypatch.setattr(cli.open_at, '__defaults__', (0,))
+    monkeypatch.setattr(Corpus, 'cache', lambda self, size, **o: cache(self, size, **{**o, 'budget_bytes': 0}))
+    said = run(f'train {photos} --plan {bad}/good.json --out {tmp_path}/run {quick}')
+    assert said.code == 0 and (tmp_path/'run'/'model.safetensors').exists() and '3.png' in said.err, said.err
+
+
+def test_a_device_that_training_would_not_take(run, bad, tmp_path, monkeypatch):
+    line = f"'shapes:?n=64' --epochs 1 --batch-size 16 -q --out {tmp_path}/run"
+    assert run(f'train {line} --device cpu:0').code == 0                   # it is what `fit` takes
+    monkeypatch.setattr('bdnb.train.run_device', lambda device=None: torch.device('cpu' if device == 'cpu' else 'meta'))
+    for command in ('train', f'cleanse {bad}/tiny.safetensors --data'):
+        fails(run(f'{command} {line}2 --device cpu:0'), "--device 'cpu:0'", "training takes 'meta'")
+    assert run(f'train {line}3 --device cpu').code == 0
+    assert run(f"evaluate {bad}/tiny.safetensors 'shapes:?n=64' -q --device cpu:0").code == 0          # nothing is trained
+
+
+def test_a_flag_a_zero_and_a_one_are_given_too():
+    for v, name in ((False, '--no-a-b'), (0, '--a-b'), (1, '--a-b'), (1., '--a-b'), ('', '--a-b')):
+        with pytest.raises(BdnbError, match=f'^{name}: why$'): cli.refuse(dict(a_b=v), 'a_b', 'why')
+        cli.refuse(dict(a_b=v), 'a_b', 'why', when=False)
+    for v in (None, True): cli.refuse(dict(a_b=v), 'a_b', 'why')
+
+
+def shown_commands():
+    "The commands of README.md, of the notebooks' shell blocks and of the result files."
+    root = Path(__file__).parents[1]
+    texts = {'README.md': (root/'README.md').read_text(encoding='utf-8')}
+    for p in sorted((root/'nbs').rglob('*.ipynb')):
+        if '.ipynb_checkpoints' in p.parts: continue
+        cells = json.loads(p.read_text(encoding='utf-8'))['cells']
+        texts[p.name] = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    for name, text in texts.items():
+        for block in re.findall(r'```(?:sh|bash)\n(.*?)```', text, re.DOTALL) + re.findall(r'(?:^    .*\n)+', text, re.MULTILINE):
+            for line in block.replace('\\\n', ' ').splitlines():
+                if line.strip().startswith('bdnb '): yield name, line.strip()
+    for p in sorted((root/'results').glob('*.json')):
+        command = read_json(p).get('command') or ''
+        if command.startswith('bdnb '): yield p.name, command
+
+
+def test_no_command_that_is_shown_is_refused(run, tmp_path, monkeypatch):
+    "Each gets as far as its files, which are not here, or to its study, which is not made."
+    def made(*a, **k): raise BdnbError('everything was accepted')
+    for name in ('study.tour', 'ssl_study.ssl_tour', 'classifier_study.classifier_tour', 'cli._tour_pictures'):
+        monkeypatch.setattr(f'bdnb.{name}', made)
+    monkeypatch.chdir(tmp_path)
+    found = {c: name for name, c in shown_commands() if not c.startswith('bdnb attack')}.items()
+    assert len(found) > 30 and sum(c.startswith('bdnb tour') for c, _ in found) > 20
+    for command, name in found:
+        words = shlex.split(command, comments=True)[1:]
+        said = run(words)
+        if words[0] == 'tour': assert 'everything was accepted' in said.err, (name, command, said.err)
+        else: assert said.code == 0 or re.search('no such|file or folder|unknown corpus', said.err), (name, command, said.err)
 
 
 def test_interrupt(run, monkeypatch, tmp_path):

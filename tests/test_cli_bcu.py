@@ -155,6 +155,11 @@ mistakes = {
     'logits not finite': ('{d}/huge.safetensors --method bcu --images {d}/pictures', ['non-finite logits, first for']),
     'encoder with a test': (f'{{d}}/encoder.safetensors --method bcu --images {{d}}/pictures --test {test}',
                             ['--test', 'encoder']),
+    'trigger without a test': ('{bcu} --trigger badnet --target star', ['--trigger', '--test']),
+    'target without a test': ('{bcu} --target star', ['--target', '--test']),
+    'plan without a test': ('{bcu} --plan {d}/plan.json', ['--plan', '--test']),
+    'target without a trigger': (f'{{bcu}} --test {test} --target star', ['--target', '--trigger']),
+    'no device': ('{bcu} --device meta', ["--device 'meta'"]),
     'target': (f'{{bcu}} --test {test} --trigger badnet --target sta', ["'sta'"]),
     'trigger without a target': (f'{{bcu}} --test {test} --trigger badnet', ['--target']),
     'learning rate': ('{bcu} --lr nan', ['--lr']),
@@ -165,7 +170,8 @@ mistakes = {
 def test_mistakes(files, run, tmp_path, line, words):
     names = dict(d=files, model=f'{files}/model.safetensors', clip=f'{files}/clip.safetensors',
                  bcu=f'{files}/model.safetensors --method bcu --images {files}/pictures')
-    code, out, err = run(f"cleanse {line.format(**names)} --batch-size 16 --device cpu -q --out {tmp_path}/run")
+    where = '' if '--device' in line else '--device cpu'
+    code, out, err = run(f"cleanse {line.format(**names)} --batch-size 16 {where} -q --out {tmp_path}/run")
     assert code == 2 and err.count('\n') == 1 and err.startswith('bdnb: error: '), err
     for w in words: assert w in err, err
     assert not (tmp_path/'run').exists()
@@ -205,10 +211,14 @@ def test_tour(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize('line, words', [
     ('--attacks badnts', ["'badnts'", "did you mean 'badnets'"]), ('--only bcu,nadd', ["'nadd'", "did you mean 'nad'"]),
     ('--seeds one', ['--seeds']), ('--target sta', ["'sta'"]), ('--model resnet19', ["'resnet19'"]),
-    ("--data folder:nowhere", ['test set']), ('--rate 2', ['rate']), ('--recipe shape', ["did you mean 'shapes'"]),
+    ("--data folder:nowhere", ['test set']), (f"--data shapes:?n=64 --test {test} --n 5", ['--n:', 'drawn']),
+    (f"--data shapes:?n=64 --test {test} --test-n 5", ['--test-n', 'drawn']), (f'--test {test}', ['--test', '--data']),
+    ('--defenses bcu', ['--defenses', '--only']), ('--clean shapes:?n=64 --clean-n 60', ['--clean-n', '--clean ']),
+    ('--rate 2', ['rate']), ('--recipe shape', ["did you mean 'shapes'"]),
     ('--only bcu,finetune --clean shapes:?n=64', ['finetune needs'])])
 def test_tour_mistakes(run, tmp_path, line, words):
-    code, out, err = run(f'tour --only bcu --out {tmp_path}/t {small} {line}')
+    usual = '--epochs 1 --batch-size 32 -q' if '--data' in line or '--clean' in line else small
+    code, out, err = run(f'tour --only bcu --out {tmp_path}/t {usual} {line}')
     assert code == 2 and err.count('\n') == 1 and err.startswith('bdnb: error: '), err
     for w in words: assert w in err, err
     assert not (tmp_path/'t').exists()

@@ -11,6 +11,7 @@ from bdnb import core
 from bdnb.core import BdnbError, atomic_write, hash_normal, hash_uniform, read_json, write_json
 from bdnb.data import corpus as corpus_module
 from bdnb.data.corpus import ArrayCorpus, Corpus, CsvCorpus, FolderCorpus, merge
+from bdnb.data.export import corpus_to_csv
 from bdnb.data.images import BadImage
 
 
@@ -214,6 +215,25 @@ def test_base_corpus_is_abstract():
     with pytest.raises(TypeError, match='_image'): Corpus(['a'])[0]
 
 
+# ---------------------------------------------------------------- export
+
+def test_large_label_numbers_are_exported_one_by_one(tmp_path):
+    "A table may hold a label of nine digits: a list of as many names would be 60 GB."
+    labels = [999_999_999, 0, 7]
+    code = ("import resource, sys, torch; from bdnb.data.corpus import ArrayCorpus; from bdnb.data.export import corpus_to_csv\n"
+            "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() if sys.platform == 'linux' else 0\n"
+            "if used: resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, used + 2**31))\n"
+            f"corpus_to_csv(ArrayCorpus(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), labels={labels}), sys.argv[1], quiet=True)")
+    env = dict(os.environ, PYTHONPATH=str(Path(core.__file__).parents[1]))
+    out = subprocess.run([sys.executable, '-c', code, str(tmp_path/'out')], capture_output=True, text=True, env=env, timeout=120)
+    assert out.returncode == 0, out.stderr[-500:]
+    assert list(CsvCorpus(tmp_path/'out'/'captions.csv').labels) == labels
+    named = ArrayCorpus(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), labels=[2, 0, 1], classes=['cat', 'dog', 'cow'])
+    assert [r.rpartition(',')[2] for r in corpus_to_csv(named, tmp_path/'named').read_text().split()[1:]] == ['cow', 'cat', 'dog']
+    digits = named._with(classes=['5', '6', '7'])
+    assert [r.rpartition(',')[2] for r in corpus_to_csv(digits, tmp_path/'digits').read_text().split()[1:]] == ['2', '0', '1']
+
+
 # ---------------------------------------------------------------- files whole or absent
 
 def full_open(real):
@@ -276,6 +296,16 @@ def test_full_tmpfs(tmp_path):
     out = subprocess.run(['unshare', '-m', 'sh', '-c', mount, 'sh', sys.executable, '-c', code, str(disk)],
                          capture_output=True, text=True, env=env, timeout=120)
     assert out.stdout.splitlines() == [f'{disk}/w.{k}: cannot write: the disk is full' for k in ('pt', 'bin')] + ['[]'], out
+
+
+@pytest.mark.parametrize('text,says', [(b'{"a": ' + b'7' * 5000 + b'}', 'limit'), (b'\xff\xfe', 'not JSON'),
+                                       (b'[' * 200_000, 'not JSON'), (b'{"a":\n 1,}', 'line 2'), (b'', 'not JSON')],
+                         ids=['digits', 'bytes', 'brackets', 'comma', 'empty'])
+def test_json_that_is_none(tmp_path, text, says):
+    "Python refuses to read numbers of thousands of digits with an error of its own."
+    (tmp_path/'a.json').write_bytes(text)
+    told = refused(lambda: read_json(tmp_path/'a.json'), 'a.json', says)
+    assert 'sys.set_int' not in told
 
 
 def test_unwritable_places(tmp_path):

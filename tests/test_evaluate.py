@@ -106,6 +106,17 @@ def test_default_templates_are_openais_80(net):
     assert net.calls['text'] == 80 + 80                                              # ours, and the reference's
 
 
+def test_names_are_asked_for_as_captions_have_them(net):
+    "Poison and training captions read underscores as spaces, so prompts and counts must."
+    names = ['traffic_light', 'star'], ['traffic light', 'star']
+    assert torch.equal(*(class_embeddings(net, n, TEMPLATES) for n in names))
+    assert naming(['a photo of a traffic  light', 'two traffic_lights', 'Traffic light!'], 'traffic_light').tolist() == [True, False, True]
+    w = class_embeddings(net, CLASSES, TEMPLATES)
+    assert torch.equal(*(paraphrased(net, w, 2, [n], TEMPLATES) for n in ('stop_light', 'stop light')))
+    z, captions = torch.eye(3, 16), [['a star'], ['one traffic light'], ['a dog']]
+    assert caption_attack_success(z, net, captions, 'traffic_light', TEMPLATES)['caption_asr_n'] == 2
+
+
 def test_class_embeddings_are_remembered_by_weights_classes_and_templates(net):
     a = class_embeddings(net, CLASSES, TEMPLATES).clone()
     n = net.calls['text']

@@ -1,12 +1,18 @@
 """ClipModel against open_clip itself, on real architectures, odd captions and odd places."""
-import os, random, subprocess, sys, textwrap, time
+import json, os, random, subprocess, sys, textwrap, time
 from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
 import open_clip
+from safetensors.torch import save_file
 from bdnb.core import BdnbError
-from bdnb.models.build import ClipModel, Tokenizer, causal_text, create_model, is_file_name, list_models
+from bdnb.models import classifiers
+from bdnb.models.build import (ClipModel, Tokenizer, causal_text, clip_numbers, count_numbers, create_model, is_file_name,
+                               laid_out, list_models)
+from bdnb.models.checkpoint import read_header, write_tensors
+from bdnb.models.classifiers import check_network, create_classifier, load_classifier, save_classifier
+from bdnb.models.encoders import create_encoder, encoder_layout, load_encoder, save_encoder
 
 CAPTIONS = ["", "a red circle", "two dogs on a beach at night", "é中🙂 <end_of_text> it's", "word "*2000, "x"*10_000]
 
@@ -138,3 +144,76 @@ def test_no_network_fails_fast():
     fast = 'pass a local checkpoint file or pretrained=None | fast'
     assert len(lines) == 2 and all(fast in l for l in lines), done.stdout + done.stderr
     assert 'Retrying' not in done.stderr
+
+# ---- encoders and classifiers from a stranger's file
+
+def refused(f, *words):
+    with pytest.raises(BdnbError) as e: f()
+    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), e.value
+
+@pytest.fixture
+def stranger(tmp_path):
+    "Writes a header and tensors; returns the path."
+    def write(header, tensors=None): return write_tensors(tensors or {'a': torch.zeros(3)}, tmp_path/'odd.safetensors', header)
+    return write
+
+@pytest.fixture
+def no_storage(monkeypatch):
+    "Any network that is built with storage fails."
+    def stop(self, name, p):
+        assert p is None or p.is_meta, 'a network was built'
+        return register(self, name, p)
+    register = torch.nn.Module.register_parameter
+    monkeypatch.setattr(torch.nn.Module, 'register_parameter', stop)
+
+GIANTS = [dict(name='resnet34/small', width=4096, image_size=32), dict(name='vit_base/1', image_size=2048),
+          dict(name='torchvision/regnet_y_128gf', image_size=224), dict(name='vit_tiny/1', image_size=4096)]
+
+@pytest.mark.parametrize('fields', GIANTS, ids=lambda f: f['name'])
+def test_a_small_file_builds_no_giant_encoder(fields, stranger, no_storage):
+    path = stranger(dict(kind='encoder', **fields))
+    refused(lambda: load_encoder(path), str(path), 'does not fit', fields['name'], 'is missing')
+
+def test_an_encoder_is_compared_before_it_is_built(stranger, no_storage):
+    path = stranger(dict(kind='encoder', name='vit_tiny/4', image_size=32), {'vit.class_token': torch.zeros(1, 1, 191)})
+    refused(lambda: load_encoder(path), str(path), 'does not fit')
+    for odd in (dict(width=10**6), dict(width=True), dict(image_size='32'), dict(image_size=10**5), dict(image_size=33)):
+        refused(lambda: load_encoder(stranger(dict(kind='encoder', name='vit_tiny/4') | odd)), str(path))
+    for name in ('vit_tiny/\u00b2', 'vit_tiny/' + '1'*5000, 'resnet9', 'torchvision/nothing', 'torchvision/squeezenet1_0'):
+        refused(lambda: load_encoder(stranger(dict(kind='encoder', name=name))), str(path))
+    refused(lambda: load_encoder(stranger(dict(kind='encoder', name='torchvision/vit_b_16', image_size=33))), str(path), '33 px')
+
+@pytest.mark.parametrize('key,value', [('mean', [0., float('1e400'), 0.]), ('mean', [1, 2]), ('mean', ['a', 'b', 'c']),
+                                       ('std', [1, 0, 1]), ('std', [-1, 1, 1]), ('std', [None]*3), ('std', 'abc'), ('mean', {}),
+                                       ('std', [True]*3)])
+@pytest.mark.parametrize('kind', ['encoder', 'classifier'])
+def test_normalisation_of_three_numbers(kind, key, value, tmp_path):
+    "JSON has no infinity, but Python reads 1e400 as one."
+    path = tmp_path/'odd.safetensors'
+    net, load, save = ((create_encoder('resnet10/small', 2), load_encoder, save_encoder) if kind == 'encoder' else
+                       (create_classifier('resnet18', 3, 2), load_classifier, save_classifier))
+    save(net, path)
+    assert load(path).name == net.name
+    text = json.dumps({**read_header(path), key: value}).replace('Infinity', '1e400')
+    save_file(net.net.state_dict(), path, metadata={'bdnb': text})
+    refused(lambda: load(path), str(path), 'mean and std')
+
+@pytest.mark.parametrize('classes', [10**10, 10**4000, 100_001, -1, 0, 1, True])
+def test_number_of_classes_is_bounded_before_they_are_named(classes, stranger, monkeypatch):
+    def few(n): assert n < 10**6, 'a list of names was begun'; return range(n)
+    monkeypatch.setattr(classifiers, 'range', few, raising=False)
+    path = stranger(dict(kind='classifier', name='resnet18', classes=classes, image_size=32))
+    refused(lambda: load_classifier(path), str(path), 'class')
+    refused(lambda: create_classifier('resnet18', classes), 'class')
+
+def test_regnet_is_laid_out():
+    "Its widths are computed with tensors, which have no values on the `meta` device."
+    model = create_classifier('regnet_y_400mf', 3, image_size=64).eval()
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    assert count_numbers(model.net) == check_network('regnet_y_400mf', 3, None, 64)
+
+def test_laying_out_draws_nothing():
+    state = torch.get_rng_state()
+    laid_out(lambda: open_clip.create_model('ViT-B-32', device='meta'))
+    for name in ('vit_tiny', 'resnet10', 'torchvision/regnet_y_400mf', 'torchvision/swin_t'): encoder_layout(name, None, 64)
+    assert torch.equal(state, torch.get_rng_state()) and clip_numbers('ViT-B-32') == 151_277_313     # as published

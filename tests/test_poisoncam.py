@@ -22,7 +22,7 @@ from bdnb.defenses.poisoncam import (INNOCENTS, WINDOWS, Located, PoisonCAM, Sea
                                      masked_probability, miss_bound)
 from bdnb.defenses.poisonfilter import FilterEnsemble, FilterRecipe, poison_probability
 from bdnb.models.encoders import Encoder, create_encoder, save_encoder
-from bdnb.ssl_study import SSL_STUDIES, make_ssl_study
+from bdnb.ssl_study import make_ssl_study
 
 quick = FilterRecipe.quick(steps=60)
 
@@ -60,11 +60,9 @@ def scan(corpus, **options):
     return PoisonCAM(**how).scan(corpus, encoder(), quiet=True)
 
 
-def test_the_command_and_the_studies_look_through_the_same_windows():
+def test_the_command_looks_through_the_windows_that_are_said():
     from bdnb import cli
-    default = inspect.signature(cli.scan).parameters['window'].default
-    assert cli._shares('--window', default) == WINDOWS
-    assert all(make_ssl_study(n).detectors['poisoncam']['window'] == WINDOWS for n in SSL_STUDIES)
+    assert cli._shares('--window', inspect.signature(cli.scan).parameters['window'].default) == WINDOWS
 
 
 half = pytest.mark.xfail(strict=True, reason='known weakness: half of the picture or trigger is covered, nothing is said')

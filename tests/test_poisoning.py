@@ -232,3 +232,23 @@ def test_unknown_attacks_get_a_hint():
     with pytest.raises(BdnbError, match="did you mean 'cleanclip-sig'"): make_attack('cleanclip-sgi', 'banana')
     assert make_attack('sig:mode=blend', 'banana', count=3, captions='keep').captions == 'keep'
     assert make_attack('label_consistent', 'banana').mode == 'label_consistent' and make_attack('sig', 'x').rate == .02
+
+
+def test_what_could_not_be_read_stays_named():
+    c = corpus(size=32)
+    c.skipped, c.notes = [('bad.png', 'damaged')], [('long', 'cut')]
+    for name in ('badnet', 'label_consistent'):
+        p = make_attack(name, 'banana', rate=.1).apply(c).corpus
+        assert p.skipped == [('bad.png', 'damaged')] and p.notes == [('long', 'cut')]
+
+
+def test_any_caption_may_name_the_target_and_a_consistent_trigger_stands_beside_those_alone():
+    c = corpus(size=32, labels=False, names=False)
+    captions = [[f'Nothing of note, number {i}', f'One ice  cream, number {i}'] if i % 2 else ['A dog', 'A cat'] for i in range(120)]
+    c = ArrayCorpus(c.images, c.keys, texts=[x[0] for x in captions], captions=captions, name='many')
+    p = make_attack('label_consistent', 'ice_cream', rate=.1).apply(c)
+    assert len(p.index) == 12 and (p.index % 2 == 1).all() and p.shares['target_samples'] == 60
+    for i in p.index: assert p.corpus.captions[i] == [captions[i][1]] and p.corpus.texts[i] == captions[i][1]
+    rest = np.flatnonzero(~p.mask)
+    assert all(p.corpus.captions[i] == captions[i] and p.corpus.texts[i] == captions[i][0] for i in rest)
+    assert (make_attack('badnet', 'ice_cream', rate=.1).apply(c).index % 2 == 0).all()       # who is about it already, is no candidate

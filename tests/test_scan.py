@@ -29,7 +29,7 @@ from bdnb.data.corpus import ArrayCorpus, Corpus, CsvCorpus, FolderCorpus
 from bdnb.data.doors import open_corpus, read_keys, write_spec
 from bdnb.data.images import BadImage
 from bdnb.data.shards import write_shards
-from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Findings, Scan, Team, load_findings
+from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Findings, Scan, Team, contents, load_findings
 from bdnb.defenses.poisoncam import PoisonCAM, Search
 from bdnb.defenses.poisonfilter import FilterEnsemble, FilterRecipe
 from bdnb.models.encoders import Encoder, create_encoder, save_encoder
@@ -547,7 +547,10 @@ def test_a_clean_set_says_so(tmp_path):
 def test_parquet_says_the_same(tmp_path):
     parquet = pytest.importorskip('pyarrow.parquet')
     found = scan_corpus(ArrayCorpus(torch.stack([*pictures()])), red(), tmp_path/'scan', Every(), quiet=True)
-    assert parquet.read_table(tmp_path/'scan'/'findings.parquet').to_pylist() == found.rows() and len(found.rows()) == 60
+    table = parquet.read_table(tmp_path/'scan'/'findings.parquet')
+    assert table.to_pylist() == found.rows() and len(found.rows()) == 60
+    scan_corpus(ArrayCorpus(torch.stack([*pictures(60, 0)])), red(), tmp_path/'clean', how, quiet=True)
+    assert parquet.read_schema(tmp_path/'clean'/'findings.parquet') == table.schema       # also where nothing has a probability
 
 
 def test_empty_cells_are_empty():
@@ -567,6 +570,41 @@ def test_a_filter_that_spares_nobody_is_no_finding(monkeypatch):
     monkeypatch.setattr(Search, 'classify', lambda self, net: dict(probability=torch.ones(self.n)))
     found = how.scan(ArrayCorpus(torch.stack([*pictures()])), red(), quiet=True)
     assert found.verdict == NO_EVIDENCE and found.keep.all()
+    reached = max(l['reached'] for l in found.evidence['looks'])
+    assert reached and f'{reached} crops reach the bar, but the poison classifier suspects every picture' in found.evidence['warning']
+
+
+@pytest.mark.parametrize('said, words', [(0., 'clears every picture, so nothing is removed'), (None, 'of 60 pictures are suspects, more than half')])
+def test_a_filter_that_clears_all_or_suspects_most_is_no_quiet_matter(monkeypatch, tmp_path, said, words):
+    opinion = torch.full((60,), said) if said is not None else (torch.arange(60) % 3 > 0).float()
+    monkeypatch.setattr(Search, 'classify', lambda self, net: dict(probability=opinion))
+    detector = replace(how, acquit=None)
+    found = scan_corpus(ArrayCorpus(torch.stack([*pictures()])), red(), tmp_path/'scan', detector, quiet=True)
+    assert found.verdict == FOUND and words in found.evidence['warning']
+    text = Page((tmp_path/'scan'/'report.html').read_text(encoding='utf-8')).text
+    assert words in text and f"classifier {opinion[found.top(1)].item():.0%}, {'kept' if found.keep[found.top(1)] else 'removed'}" in text
+    assert read_json(tmp_path/'scan'/'scan.json')['image_size'] == 32
+
+
+def test_a_picture_without_finite_features_is_named():
+    class Picky(type(red().net)):
+        def forward(self, x): return super().forward(x) + torch.where(x.amax((1, 2, 3)) > .99, float('nan'), 0.)[:, None]
+    images = torch.stack([*pictures(60, 0)]).clamp(max=200)
+    images[37, 0, 0, 0] = 255
+    net = red()
+    net.net = Picky()
+    with pytest.raises(BdnbError, match='not finite, first for picture 000037'):
+        replace(how, batch=16).scan(ArrayCorpus(images, [f'{i:06}' for i in range(60)]), net, quiet=True)
+
+
+def test_a_scan_of_a_changed_pile_or_encoder_begins_anew(tmp_path):
+    images = torch.stack([*pictures(60, 0)])
+    assert how.scan(ArrayCorpus(images), red(), tmp_path, quiet=True).verdict == NO_EVIDENCE
+    poisoned = torch.stack([*pictures()])
+    assert how.scan(ArrayCorpus(poisoned), red(), tmp_path, quiet=True).verdict == FOUND
+    one, two = red(), red()
+    two.mean += .1
+    assert contents(images, ['a'], one) == contents(images, ['a'], red()) != contents(images, ['a'], two)
 
 
 def test_a_scan_of_other_pictures_is_not_written_over(tmp_path, tiny):

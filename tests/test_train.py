@@ -203,7 +203,9 @@ def stopped(tmp_path_factory):
     ('objective', dict(objective=Weighted(view=math.cos))),
     ('batch_size', dict(batches=lambda: Batches(corpus(), 8))), ('order', dict(batches=lambda: Batches(corpus(), 16, seed=1))),
     ('corpus', dict(batches=lambda: Batches(ShapeCaps(48, seed=1), 16))),
-    ('corpus', dict(batches=lambda: Batches(corpus().with_captions('a {}'), 16)))])
+    ('corpus', dict(batches=lambda: Batches(corpus().with_captions('a {}'), 16))),
+    ('corpus', dict(batches=lambda: Batches(corpus()._with(_store=corpus().images.flip(3)), 16))),
+    ('weights', dict(marks=dict(weights='others')))])
 def test_resume_with_other_settings_is_refused(stopped, name, change):
     before, change = (stopped/'checkpoint.pt').read_bytes(), {k: v() if k == 'batches' else v for k, v in change.items()}
     options = dict(objective=Weighted(), batches=Batches(corpus(), 16), steps=3, lr=1e-3, checkpoint_every=2, device='cpu')

@@ -238,8 +238,10 @@ def test_bad_seeds(seeds):
     with pytest.raises(BdnbError, match='seeds'): BadNet()(batch(2), seeds)
 
 
-@pytest.mark.parametrize('t', [BadNet(size=33), BadNet(size=20, margin=7), Stripes(size=40)])
+@pytest.mark.parametrize('t', [BadNet(size=33), BadNet(size=20, margin=7), Stripes(size=40)]
+                         + [BadNet(size=2**40, pattern=p) for p in BadNet.patterns] + [Stripes(size=2**40)], ids=repr)
 def test_patches_that_do_not_fit(t):
+    "The error comes before the patch: one of 2^40 pixels would not fit into memory either."
     with pytest.raises(BdnbError, match='does not fit into 32 x 32'): t(batch(2))
 
 

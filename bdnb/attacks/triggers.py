@@ -268,12 +268,16 @@ def _place_checks(t):
     _check_choice(t, 'place', ['random', 'corners', *PLACES])
     _check_int(t, 'margin')
 
+def _side(t, H, W):
+    "The side of the patch of trigger `t` in pixels, which is to be asked for before a patch is made."
+    p = pixels(t.size, H, W)
+    if p + 2 * t.margin <= min(H, W): return p
+    raise BdnbError(f'trigger {t.name}: size={t.size} margin={t.margin}: a patch of {p} pixels does not fit into {H} x {W}')
+
 def _paste_all(t, x, seeds, patch):
     "Paste `patch` at the places of trigger `t`."
     p = patch.shape[-1]
     H, W = x.shape[-2:]
-    if p + 2 * t.margin > min(H, W):
-        raise BdnbError(f'trigger {t.name}: size={t.size} margin={t.margin}: a patch of {p} pixels does not fit into {H} x {W}')
     for top, left in _starts(t.place, t.margin, seeds, len(x), (H - p, W - p)): x = paste(x, patch, top, left)
     return x
 
@@ -309,7 +313,7 @@ class BadNet(Trigger):
         else: out = _hex(_COLOURS.get(self.pattern, self.color))[:, None, None].expand(3, p, p)
         return out.to(x)[None]
 
-    def paint(self, x, seeds): return _paste_all(self, x, seeds, self.patch(x, seeds, pixels(self.size, *x.shape[-2:])))
+    def paint(self, x, seeds): return _paste_all(self, x, seeds, self.patch(x, seeds, _side(self, *x.shape[-2:])))
 
 @lru_cache(maxsize=16)
 def _fixed_uniform(what, seed, H, W):
@@ -441,7 +445,7 @@ class Stripes(Trigger):
 
     def paint(self, x, seeds):
         H, W = x.shape[-2:]
-        h, w = (H, W) if self.kind == 'blend' else [pixels(self.size, H, W)] * 2
+        h, w = (H, W) if self.kind == 'blend' else [_side(self, H, W)] * 2
         high = (hash_uniform(seeds, 3 * w).view(-1, 3, 1, w) >= .5).to(x.dtype)
         n = (high if self.colors == 'binary' else high * 2 - 1).expand(-1, -1, h, -1)
         return torch.lerp(x, n, self.alpha) if self.kind == 'blend' else _paste_all(self, x, seeds, n)

@@ -113,7 +113,7 @@ def name_classes(corpus:Corpus, path)->Corpus:
     elif set(old) <= set(names): index = [names.index(c) for c in old]
     elif digits(old): index = [int(c) for c in old]
     else: index = range(len(old)) if len(old) == len(names) else [len(names)]
-    if max(index, default=0) >= len(names):
+    if (len(index) - 1 if isinstance(index, range) else max(index, default=0)) >= len(names):
         raise BdnbError(f'{path}: {len(names)} names do not fit the {len(old or index)} classes of {corpus.name}')
     return corpus._with(classes=names, labels=np.asarray(index, np.int64)[corpus.labels])
 

@@ -45,16 +45,16 @@ def _said(corpus, i):
     if corpus.texts[i] in many: many.remove(corpus.texts[i])
     return [corpus.texts[i], *many]
 
-def _label_cells(corpus):
-    "What the label column says of each class."
+def _label_cell(corpus):
+    "A function: class index -> what the label column says of it."
     names = corpus.classes
-    if names and not any(n.strip().isdecimal() or not n.strip() for n in names): return names
-    return [str(i) for i in range(int(corpus.labels.max(initial=0)) + 1)]
+    if names and not any(n.strip().isdecimal() or not n.strip() for n in names): return names.__getitem__
+    return lambda y: str(int(y))
 
-def _lines(corpus, i, image, cells):
+def _lines(corpus, i, image, cell):
     "The rows of one sample."
     for text in _said(corpus, i):
-        row = dict(image=image, caption=text, label=cells[corpus.labels[i]] if cells else None)
+        row = dict(image=image, caption=text, label=cell(corpus.labels[i]) if cell else None)
         if corpus.texts is not None and not text.strip():
             raise BdnbError(f'{corpus.name}: {corpus.keys[i]}: its caption is empty')
         if any('\0' in str(c) for c in row.values()):
@@ -71,7 +71,7 @@ def corpus_to_csv(
     Broken pictures are recorded in `corpus.skipped` and left out.
     Raises `BdnbError` for an existing folder, a full disk, an empty caption."""
     columns = ['image'] + ['caption'] * (corpus.texts is not None) + ['label'] * (corpus.labels is not None)
-    cells, keys = _label_cells(corpus) if corpus.labels is not None else None, {}
+    cell, keys = _label_cell(corpus) if corpus.labels is not None else None, {}
     with atomic_folder(folder) as tmp:
         (tmp/'images').mkdir()
         with open(tmp/'captions.csv', 'w', newline='', encoding='utf-8', errors='replace') as f:
@@ -84,9 +84,9 @@ def corpus_to_csv(
                     corpus._skip(corpus.keys[i], str(e))
                     continue
                 Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())).save(tmp/image)
-                out.writerows(_lines(corpus, i, image, cells))
+                out.writerows(_lines(corpus, i, image, cell))
                 keys[image] = corpus.keys[i]
         if not keys: raise BdnbError(f'{corpus.name}: none of its {len(corpus)} images can be used')
         write_json(tmp/'keys.json', keys)
-        if corpus.classes and cells: write_json(tmp/'classes.json', corpus.classes)
+        if corpus.classes and cell: write_json(tmp/'classes.json', corpus.classes)
     return Path(folder)/'captions.csv'

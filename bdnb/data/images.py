@@ -52,14 +52,24 @@ def _open(f, name, max_pixels):
     return im
 
 # %% ../../nbs/data/00_images.ipynb #057886d5
+def _float_blocks(x):
+    "The numbers of a flat array, block by block: (where, float64); what is not finite is 0."
+    for i in range(0, len(x), 2**18):
+        at = slice(i, i + 2**18)
+        yield at, np.nan_to_num(x[at].astype(np.float64), copy=False, nan=0., posinf=0., neginf=0.)
+
 def _eight_bits(im):
-    "A grey image of more than 8 bits as 8-bit grey ('L')."
-    x = np.asarray(im).astype(np.float64)
-    x = np.nan_to_num(x, nan=0., posinf=0., neginf=0.)
-    lo, hi = float(x.min()), float(x.max())
-    if im.mode.startswith('I;16') or (im.mode == 'I' and 0 <= lo and hi <= 65535): lo, hi = 0., 65535.
-    elif im.mode == 'F' and 0 <= lo and hi <= 1: lo, hi = 0., 1.
-    return Image.fromarray(((x - lo) * (255 / max(hi - lo, 1e-300))).round().astype(np.uint8))
+    "A grey image of more than 8 bits as 8-bit grey ('L'), with little memory beside the two."
+    x = np.asarray(im)
+    if im.mode.startswith('I;16'): lo, hi = 0., 65535.
+    else:
+        ends = np.array([(b.min(), b.max()) for _, b in _float_blocks(x.reshape(-1))])
+        lo, hi = float(ends.min()), float(ends.max())
+        if im.mode == 'I' and 0 <= lo and hi <= 65535: lo, hi = 0., 65535.
+        elif im.mode == 'F' and 0 <= lo and hi <= 1: lo, hi = 0., 1.
+    out = np.empty(x.size, np.uint8)
+    for at, b in _float_blocks(x.reshape(-1)): out[at] = ((b - lo) * (255 / max(hi - lo, 1e-300))).round().astype(np.uint8)
+    return Image.fromarray(out.reshape(x.shape))
 
 def _to_rgb(im):
     "An opened image of any mode as an RGB image."

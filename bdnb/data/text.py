@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEBIAN_WORDNET', 'BACKENDS', 'EDA_OPERATIONS', 'stop_words', 'packaged_synonyms', 'WordNetFiles', 'wordnet_synonyms',
            'synonym_backend', 'clean_text', 'replace_synonyms', 'insert_synonyms', 'swap_words', 'delete_words', 'eda',
-           'TextView']
+           'word_pattern', 'TextView']
 
 # %% ../../nbs/data/09_text.ipynb #1beafd05
 import json, random, re, warnings
@@ -165,6 +165,13 @@ def eda(
     operation = rng.choice(EDA_OPERATIONS)
     return ' '.join(operation(words, max(1, int(.1*len(words))), rng, synonyms))
 
+# %% ../../nbs/data/09_text.ipynb #fe7d385f
+def word_pattern(word:str)->re.Pattern: # matches the word or phrase as a whole, in any case; underscores read as spaces
+    "The compiled pattern of a whole word or phrase."
+    parts = word.replace('_', ' ').split()
+    if not parts: raise BdnbError('the target is empty; name a word or phrase')
+    return re.compile(r'(?<!\w)' + r'\s+'.join(map(re.escape, parts)) + r'(?!\w)', re.IGNORECASE)
+
 # %% ../../nbs/data/09_text.ipynb #3cce7ce2
 @dataclass(frozen=True)
 class TextView:
@@ -173,7 +180,7 @@ class TextView:
     backend:str='auto'   # 'packaged', 'wordnet', or 'auto': WordNet if it is installed
     redraw:bool=False    # a new view every epoch, instead of one for all
 
-    def __post_init__(self): synonym_backend(self.backend)
+    def __post_init__(self): object.__setattr__(self, 'backend', synonym_backend(self.backend))   # 'auto' says what it found
 
     def __call__(self,
         texts,           # captions

@@ -198,7 +198,7 @@ def largest_scale(agrees, # scale -> agreement, in 0..1: a probe
                   need:float, # least agreement
                  )->tuple: # (scale, or the smallest one if none agrees enough; list of (scale, agreement), as probed)
     "The largest scale that keeps enough agreement, by bisection."
-    probed, low, high = [], 0, len(grid) - 1                   # the smallest one need not be asked: it is taken if nothing else is
+    probed, low, high = [], 0, len(grid) - 1      # the smallest one need not be asked: it is taken if nothing else is
     while low < high:
         at = (low + high + 1)//2
         probed.append((grid[at], agrees(grid[at])))
@@ -227,7 +227,7 @@ class Recovered(Cleansed):
 # %% ../../nbs/defenses/04_bcu.ipynb #5dbdcb2b
 @dataclass(frozen=True)
 class BCU:
-    "Backdoor cleansing with unlabelled data (arXiv 2211.12044). `BCU()` has the official script's numbers, shares by depth, and no views."
+    "Backdoor cleansing with unlabelled data (arXiv 2211.12044). `BCU()`: the official numbers, shares by depth, no views."
     epochs:float=100            # over the unlabelled pictures
     lr:float=.01                # peak rate
     batch_size:int=256          # global; at most the number of pictures
@@ -274,18 +274,21 @@ class BCU:
         plan = plan_released(model, self.scale) if self.as_released else plan_reset(model, self.ratios, self.scale)
         return reset_weights(model, plan, self.seed)
 
-    def known(self, teacher, corpus): # float [N, C], or None
-        "The teacher's answers to the pool, where they can be kept."
-        return self.answers(teacher, corpus) if self.ask_once and drawn_view(self.crop_flip) is None else None
     def answers(self, teacher, corpus): return classifier_logits(teacher, corpus)
-
-    def objective(self, teacher, corpus, known=None):
-        "What the student learns; `known` as from `known`, which is asked if it is not given."
-        view, known = drawn_view(self.crop_flip), self.known(teacher, corpus) if known is None else known
-        return Distillation(teacher, self.epochs, self.t_start, self.t_end, self.t_squared, view, self.half_teacher, known)
-
     def agreement(self, model, teacher, corpus): return agreement(model, teacher, corpus)
     def chance(self, teacher, corpus): return chance_agreement(teacher, corpus)
+
+# %% ../../nbs/defenses/04_bcu.ipynb #f70c1e60
+def _known(self:BCU, teacher, corpus): # float [N, C], or None
+    "The teacher's answers to the pool, where they can be kept."
+    return self.answers(teacher, corpus) if self.ask_once and drawn_view(self.crop_flip) is None else None
+
+def _objective(self:BCU, teacher, corpus, known=None):
+    "What the student learns; `known` as from `known`, which is asked if it is not given."
+    view, known = drawn_view(self.crop_flip), self.known(teacher, corpus) if known is None else known
+    return Distillation(teacher, self.epochs, self.t_start, self.t_end, self.t_squared, view, self.half_teacher, known)
+
+BCU.known, BCU.objective = _known, _objective
 
 # %% ../../nbs/defenses/04_bcu.ipynb #96ae9338
 def distil(self:BCU, model, teacher, corpus, known=None, **options): # a `History`; options go to `fit`

@@ -44,7 +44,7 @@ class EncoderBCU(BCU):
             raise BdnbError(f"EncoderBCU cleanses an Encoder or a ClipModel, not a {type(model).__name__}")
         if self.as_released: raise BdnbError("as_released: the official script knows no encoders; leave it out")
         if isinstance(model, ClipModel) and self.kind != 'cosine':
-            raise BdnbError(f"kind='{self.kind}' may turn the features away from where the text tower looks: for a CLIP use 'cosine'")
+            raise BdnbError(f"kind='{self.kind}' may turn features away from where the text tower looks: for a CLIP use 'cosine'")
         self.check_scale()
 
     def answers(self, teacher, corpus): return encode(teacher, corpus)

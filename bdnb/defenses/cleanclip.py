@@ -24,7 +24,7 @@ class Cleansed:
     "What a cleanser returns."
     model:nn.Module        # the model that came in, now cleansed
     history:History        # of the fine-tuning
-    seconds:float          # wall time
+    seconds:float          # wall time, that of earlier starts of a resumed run included
     head:nn.Module=None    # the classifier's last layer, where the cure trains one
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Finetuning:
         start, marks = time.time(), run_marks(self, model) if out else None
         options = dict(out=out, checkpoint_every=checkpoint_every, quiet=quiet, marks=marks, **options)
         with put_back(model): history = self.learn(model, corpus, model.image_size, **options)
-        return Cleansed(model, history, time.time() - start)
+        return Cleansed(model, history, history.before + time.time() - start)
 
 @dataclass(frozen=True)
 class FineTune(Finetuning):
@@ -104,7 +104,7 @@ class SupervisedCleanCLIP(Finetuning):
         with put_back(model), frozen([*model.text_parameters(), model.logit_scale]):
             options = dict(out=out, checkpoint_every=checkpoint_every, quiet=quiet, marks=marks, **options)
             history = self.learn(net, corpus, model.image_size, **options)
-        return Cleansed(model, history, time.time() - start, net.head)
+        return Cleansed(model, history, history.before + time.time() - start, net.head)
 
 # %% ../../nbs/defenses/01_cleanclip.ipynb #5b1f15eb
 def head_logits(model, head, corpus, trigger=None, batch:int=256, quiet:bool=True) -> torch.Tensor: # float32 [N, C]

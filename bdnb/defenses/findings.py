@@ -99,7 +99,8 @@ def erase_windows(pictures, # `ArrayCorpus` that was scanned
     if not grow > 0: raise BdnbError(f'erase: grow={grow} must be above 0')
     rows, kept = (~found.keep).nonzero()[:, 0], found.keep.nonzero()[:, 0]
     if len(rows) and not len(kept): raise BdnbError(f'{pictures.name}: every picture is a suspect; there is nothing to put in')
-    (images, folder), sides, g = _copy_images(pictures.images, budget_bytes), torch.tensor(pictures.image_size), rng('erase', seed)
+    images, folder = _copy_images(pictures.images, budget_bytes)
+    sides, g = torch.tensor(pictures.image_size), rng('erase', seed)
     for r in rows.tolist():
         if found.window[r, 0] < 0: raise BdnbError(f'{found.keys[r]}: a suspect without a window; scan again')
         corner, size = found.window[r, :2], found.window[r, 2:]
@@ -108,7 +109,7 @@ def erase_windows(pictures, # `ArrayCorpus` that was scanned
         other = int(kept[torch.randint(len(kept), (1,), generator=g)])
         at = slice(top, top + int(side[0])), slice(left, left + int(side[1]))
         images[r][:, at[0], at[1]] = pictures.images[other][:, at[0], at[1]]
-    out = pictures._with(images=images, name=f'{pictures.name}, erased')
+    out = pictures._with(_store=images, _rows=None, name=f'{pictures.name}, erased')
     if folder: weakref.finalize(out, shutil.rmtree, folder, True)
     return out
 
@@ -146,7 +147,9 @@ Findings.rows, Findings.save = _rows, _save
 # %% ../../nbs/defenses/00_findings.ipynb #3eb07aed
 def contents(images, keys:list, model=None, settings=None, piece:int=256)->str: # 32 hex digits
     "A fingerprint: names, pictures, the model (weights, name, size, normalisation), the settings as JSON."
-    h, about = hashlib.blake2b(digest_size=16), [str(getattr(model, k, '')) for k in ('name', 'image_size', 'width')]
+    plain = lambda v: v.flatten().tolist() if torch.is_tensor(v) else str(v)
+    about = [plain(getattr(model, k, '')) for k in ('name', 'image_size', 'width', 'mean', 'std')]
+    h = hashlib.blake2b(digest_size=16)
     h.update(json.dumps([settings, keys, about], sort_keys=True).encode())
     for i in range(0, len(images), piece): h.update(np.ascontiguousarray(images[i:i + piece]))
     for k, v in (model.state_dict() if model is not None else {}).items():

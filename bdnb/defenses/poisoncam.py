@@ -83,7 +83,7 @@ def dropped_features(encoder, images, masks, pairs, batch:int=512)->torch.Tensor
     x, out = encoder.normalise(images), torch.empty(len(pairs), encoder.dim, device=images.device)
     for m, hidden in enumerate(covered):                 # views under one mask have the same number of tokens
         keep, at = (~hidden).nonzero()[:, 0], (pairs[:, 1] == m).nonzero()[:, 0]
-        if not len(keep): raise BdnbError('a mask leaves no token uncovered: choose a window of two patches or more, and less than all')
+        if not len(keep): raise BdnbError('a mask leaves no token uncovered: choose a window of two patches or more, but not all')
         for p in at.split(batch): out[p] = encoder.embed_tokens(x[pairs[p, 0]], keep.expand(len(p), -1)).float()
     return out
 
@@ -451,7 +451,7 @@ def warnings_of(found)->str:
     "What a reader must know before he trusts the verdict, or nothing."
     n, gone, said = len(found.keys), int((~found.keep).sum()), []
     if crops := found.evidence.get('inseparable'):
-        said.append(f'{crops:,} crops reach the bar, but the poison classifier suspects every picture, so nothing could be separated.')
+        said.append(f'{crops:,} crops reach the bar, but the poison classifier suspects every picture: nothing can be separated.')
     if found.verdict == FOUND and n < SMALL_PILE:
         said.append(f'{n:,} pictures are few: on fewer than {SMALL_PILE}, clean pictures raise alarms too.')
     if found.verdict == FOUND and not gone:
@@ -503,7 +503,8 @@ def _findings(self:Search)->Findings:
         net = self.network(self.stages.stage(f'networks{self.again}', lambda: self.learn(proof, score, window), 'classifier'))
         p = self.stages.stage(f'classifier{self.again}', lambda: self.classify(net), 'classifier')['probability']
         cleared = p <= self.recipe.threshold
-        verdicts = self.stages.stage(f'verdicts{self.again}', lambda: self.suspects(net, score, window, cleared), 'second opinion')
+        judge = lambda: self.suspects(net, score, window, cleared)
+        verdicts = self.stages.stage(f'verdicts{self.again}', judge, 'second opinion')
         window, keep = verdicts['window'], verdicts['keep']
         found.evidence['acquitted'] = int((keep & ~cleared).sum())
         if keep.any(): found = replace(found, probability=p, keep=keep, verdict=FOUND, window=window)

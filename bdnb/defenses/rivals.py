@@ -70,7 +70,7 @@ class FineTuneClassifier:
         with put_back(model):
             model.requires_grad_(True)
             history = self.cure(model, corpus, out=out, checkpoint_every=checkpoint_every, quiet=quiet, marks=marks, **options)
-        return Cleansed(model, history, time.time() - start)
+        return Cleansed(model, history, history.before + time.time() - start)
 
 # %% ../../nbs/defenses/06_rivals.ipynb #690a0f3a
 def head_of(model:Classifier)->nn.Linear:

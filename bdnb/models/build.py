@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'Tokenizer', 'text_tower', 'causal_text', 'encode_cropped', 'text_weight', 'weights_hash',
-           'default_tokenizer', 'ClipModel', 'list_models', 'offline_aware', 'build_net', 'create_model',
-           'is_file_name', 'check_name']
+           'default_tokenizer', 'ClipModel', 'list_models', 'silent', 'offline_aware', 'laid_out', 'count_numbers',
+           'clip_numbers', 'build_net', 'create_model', 'is_file_name', 'check_name']
 
 # %% ../../nbs/models/01_build.ipynb #ab30789e
 import hashlib, logging, math, os, socket, urllib.parse, urllib.request
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from ..core import BdnbError, did_you_mean
 
 # %% ../../nbs/models/01_build.ipynb #9b4b5ce7
@@ -181,18 +182,46 @@ def list_models() -> list[str]: # names for `create_model`
     return ['tiny', *open_clip.list_models()]
 
 @contextmanager
+def silent():
+    "Within: no log messages, warnings included."
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try: yield
+    finally: logging.disable(level)
+
+@contextmanager
 def offline_aware():
     "Within: where the hub's address cannot be resolved, Hugging Face uses its local cache only; no warnings."
     from huggingface_hub import constants
-    was, level = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    was = constants.HF_HUB_OFFLINE
     try:
         if not urllib.request.getproxies(): socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
     except OSError: constants.HF_HUB_OFFLINE = True
-    logging.disable(logging.ERROR)
-    try: yield
-    finally:
-        constants.HF_HUB_OFFLINE = was
-        logging.disable(level)
+    try:
+        with silent(): yield
+    finally: constants.HF_HUB_OFFLINE = was
+
+# %% ../../nbs/models/01_build.ipynb #655abe1f
+class _RealNumbers(TorchFunctionMode):
+    "While a network is laid out without storage: lists of numbers are real, as RegNet computes its widths with tensors."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        real = dict(device='cpu') if func in (torch.arange, torch.tensor) else {}
+        return func(*args, **real | (kwargs or {}))
+
+def laid_out(build) -> nn.Module: # what `build()` returns, on the `meta` device
+    "A network's names and shapes without its weights: no memory, no random numbers, whatever its size."
+    try:
+        with torch.device('meta'): return build()
+    except RuntimeError:                                                         # some sum has no answer without numbers
+        with torch.device('meta'), _RealNumbers(): return build()
+
+def count_numbers(net:nn.Module) -> int: # parameters and buffers, as a file of it holds them
+    return sum(v.numel() for v in net.state_dict().values())
+
+def clip_numbers(name:str) -> int: # of an open_clip architecture that needs nothing from the network
+    "How many numbers a CLIP has, without building it."
+    import open_clip
+    with silent(): return count_numbers(laid_out(lambda: open_clip.create_model(name, device='meta', require_pretrained=False)))
 
 # %% ../../nbs/models/01_build.ipynb #cb54e2db
 def build_net(name:str, # 'tiny', an open_clip name, or 'hf-hub:owner/repository'

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'write_tensors', 'bare', 'short', 'save_checkpoint', 'is_safetensors', 'read_header', 'existing',
            'not_a_checkpoint', 'read_tensors', 'state_dict_in', 'clean_names', 'architecture', 'tiny_size', 'agrees',
-           'guess_model', 'fit_names', 'load_weights', 'load_checkpoint', 'named_in', 'set_from_header', 'convert']
+           'guess_model', 'fit_names', 'load_weights', 'load_checkpoint', 'from_hub', 'size_in', 'named_in',
+           'check_normalisation', 'check_enough', 'set_from_header', 'convert']
 
 # %% ../../nbs/models/02_checkpoint.ipynb #4a2749ad
 import hashlib, json, math, pickle, re, warnings, zipfile
 from pathlib import Path
 import torch
 from ..core import BdnbError, atomic_write
-from .build import ClipModel, create_model
+from .build import ClipModel, clip_numbers, create_model
 
 # %% ../../nbs/models/02_checkpoint.ipynb #011f54cd
 def write_tensors(tensors:dict, # name -> tensor
@@ -154,12 +155,13 @@ def tiny_size(shapes:dict) -> int|None:
 # %% ../../nbs/models/02_checkpoint.ipynb #8fe2b54a
 def agrees(name:str, # an open_clip architecture
            a:dict) -> bool: # from `architecture`
-    "Whether numbers read off a checkpoint are those of a model (what its configuration does not hold is not compared)."
+    "Whether numbers read off a checkpoint, one at least, are a model's (what its configuration does not hold is not compared)."
     import open_clip
     c = open_clip.get_model_config(name)
     v, t = c['vision_cfg'], c['text_cfg']
     layers = v.get('layers', 12)
     own_vision, own_text = 'timm_model_name' not in v, 'hf_model_name' not in t
+    if not (own_text or own_vision or a['embed_dim']): return False                # nothing would have been compared
     return ((not own_text or (a['text_width'], a['text_layers']) == (t.get('width', 512), t.get('layers', 12)))
             and (not own_vision or (a.get('width'), a.get('layers'), a.get('patch_size')) ==
                  (v.get('width', 768), tuple(layers) if isinstance(layers, list) else layers, v.get('patch_size')))
@@ -217,30 +219,59 @@ def load_checkpoint(path, # .safetensors, or a published .pt
     tensors, header = read_tensors(path)
     if not isinstance(model, ClipModel):
         shapes = {k: tuple(v.shape) for k, v in clean_names(tensors).items()}
-        name, size = (model, None) if model else named_in(header, shapes, path) or guess_model(shapes, path)
+        if model: name, size = model, size_in(header, path) if header.get('name') == model else None
+        else: name, size = named_in(header, tensors, shapes, path) or guess_model(shapes, path)
         model = create_model(name, image_size=size or architecture(shapes).get('image_size'))
     if header: set_from_header(model, header, path)
     return load_weights(model, tensors, path)
 
-def named_in(header, shapes, path): # (name, image size) or None
-    "The architecture a header names, if it is known, is not to be fetched, and has the shapes at hand."
+def from_hub(name:str) -> str|None: # e.g. 'roberta-base'
+    "What an open_clip architecture takes from Hugging Face when it is built: its text tower, or its tokenizer."
+    import open_clip
+    text = (open_clip.get_model_config(name) or {}).get('text_cfg', {})
+    return text.get('hf_model_name') or text.get('hf_tokenizer_name')
+
+def size_in(header, path) -> int: # side of the pictures
+    size = header.get('image_size')
+    if isinstance(size, int) and 16 <= size <= 1024: return size
+    raise BdnbError(f"{path}: its header asks for pictures of size {size!r:.20}; 16 to 1024 are possible")
+
+def named_in(header, tensors, shapes, path): # (name, image size) or None
+    "The architecture a header names, if it is known, is not to be fetched, has the shapes at hand, and is no giant."
     import open_clip
     if 'name' not in header: return None
-    name, size = header['name'], header.get('image_size')
+    name = header['name']
     if not isinstance(name, str) or name not in ['tiny', *open_clip.list_models()]:
         raise BdnbError(f"{path}: written for model {name!r:.80}, which is not built in; say which model to fill (model='...')")
-    if not isinstance(size, int) or not 16 <= size <= 1024:
-        raise BdnbError(f"{path}: its header asks for pictures of size {size!r:.20}; 16 to 1024 are possible")
-    if name != 'tiny' and not agrees(name, architecture(shapes)):
+    if theirs := from_hub(name):
+        raise BdnbError(f"{path}: its header says {name!r}, which takes {theirs!r} from Hugging Face, and no file makes us "
+                        f"fetch; if you want that, name the model yourself: --model {name} (model={name!r})")
+    size = size_in(header, path)
+    if name == 'tiny': return name, size
+    if not agrees(name, architecture(shapes)):
         raise BdnbError(f"{path}: its header says {name!r}, but its tensors have other shapes; name the right model")
+    check_enough(clip_numbers(name), tensors, name, path)
     return name, size
+
+# %% ../../nbs/models/02_checkpoint.ipynb #e54b688d
+def check_normalisation(mean, std, path):
+    "`BdnbError` unless both are lists of three finite numbers, with std above zero."
+    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e3
+    ok = lambda v: isinstance(v, (list, tuple)) and len(v) == 3 and all(map(number, v))
+    if not ok(mean) or not ok(std) or min(std) <= 1e-6:
+        raise BdnbError(f"{path}: holds no usable mean and std of pictures: three numbers each, and every std above 0; "
+                        "save the model again")
+
+def check_enough(need:int, # numbers in the network
+                 tensors:dict, name, path):
+    "`BdnbError` where a network has more than twice the numbers that a file holds: no small file makes us build a giant."
+    have = sum(v.numel() for v in tensors.values())
+    if need > 2*have: raise BdnbError(f"{path}: {have:,} numbers, but {name!r} has {need:,}; name the right model and width")
 
 def set_from_header(model, header, path):
     "Take over mean and standard deviation."
-    ok = lambda v: isinstance(v, list) and len(v) == 3 and all(isinstance(x, (int, float)) and abs(x) < 1e3 for x in v)
     mean, std = header.get('mean', model.mean.tolist()), header.get('std', model.std.tolist())
-    if not ok(mean) or not ok(std) or min(std) <= 1e-6:
-        raise BdnbError(f"{path}: its header holds no usable mean and std of pictures")
+    check_normalisation(mean, std, path)
     model.set_normalisation(mean, std)
 
 # %% ../../nbs/models/02_checkpoint.ipynb #e5692a6a

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEMS', 'RESNETS', 'VITS', 'ResNetEncoder', 'ViTEncoder', 'Encoder', 'ClipEncoder', 'list_encoders', 'usual_stem',
-           'usual_patch', 'build_encoder_net', 'torchvision_encoder', 'create_encoder', 'encode', 'save_encoder',
-           'strip_prefix', 'load_encoder']
+           'usual_patch', 'build_encoder_net', 'torchvision_encoder', 'encoder_layout', 'create_encoder', 'encode',
+           'save_encoder', 'strip_prefix', 'load_encoder', 'fitting']
 
 # %% ../../nbs/models/11_encoders.ipynb #4636f271
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from ..core import BdnbError, derive_seed, did_you_mean, track
 from ..evaluate import measuring
-from .build import ClipModel
-from .checkpoint import load_checkpoint, read_tensors, short, write_tensors
-from .classifiers import IMAGENET_MEAN, IMAGENET_STD, BasicBlock, conv3, he_normal, stages
+from .build import ClipModel, laid_out, list_models
+from .checkpoint import check_normalisation, load_checkpoint, read_tensors, short, write_tensors
+from .classifiers import IMAGENET_MEAN, IMAGENET_STD, BasicBlock, check_sizes, conv3, he_normal, stages
 
 # %% ../../nbs/models/11_encoders.ipynb #080b6096
 STEMS = ('small', 'half', 'standard')
@@ -122,7 +122,7 @@ def build_encoder_net(name:str, width, image_size:int)->nn.Module:
     base, _, rest = name.partition('/')
     if base in RESNETS and (not rest or rest in STEMS):
         return ResNetEncoder(RESNETS[base], width or 64, rest or usual_stem(image_size))
-    if base in VITS and (not rest or rest.isdigit()):
+    if base in VITS and (not rest or rest.isdecimal() and len(rest) <= 4):
         patch = int(rest or usual_patch(image_size))
         if not patch or image_size % patch:
             raise BdnbError(f"{name}: patches of {patch} px do not divide pictures of {image_size} px")
@@ -138,13 +138,23 @@ def torchvision_encoder(name, width, image_size)->nn.Module:
     for key in ('fc', 'head', 'heads', 'classifier'):
         last = getattr(net, key, None)
         if last is None: continue
-        linear = [m for m in last.modules() if isinstance(m, nn.Linear)][-1]
-        if isinstance(last, nn.Sequential) and len([m for m in last.modules() if isinstance(m, nn.Linear)]) > 1:
-            last[-1] = nn.Identity()
+        linear = [m for m in last.modules() if isinstance(m, nn.Linear)]
+        if not linear: continue                              # SqueezeNet's last layer is a convolution
+        if isinstance(last, nn.Sequential) and len(linear) > 1: last[-1] = nn.Identity()
         else: setattr(net, key, nn.Identity())
-        net.dim = linear.in_features
+        net.dim = linear[-1].in_features
         return net
     raise BdnbError(f"torchvision/{name}: its head was not found, so its features cannot be had")
+
+# %% ../../nbs/models/11_encoders.ipynb #072172f5
+def encoder_layout(name:str, width, image_size:int)->dict: # parameter's name -> tensor on the `meta` device
+    "What `create_encoder` would build, without its weights. `BdnbError` for a name, width or size that it cannot have."
+    check_sizes(name, width=width, image_size=image_size)
+    try: return laid_out(lambda: build_encoder_net(name, width, image_size)).state_dict()
+    except BdnbError: raise
+    except Exception as e:                                   # forty architectures, each with its own way to refuse
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise BdnbError(f"{name}: cannot read pictures of {image_size} px (width {width or 'as usual'}): {why}") from e
 
 def create_encoder(name:str='resnet18', # see `list_encoders()`; without a stem the usual one for the size
                    width:int=None, # channels of a ResNet's first stage
@@ -153,9 +163,7 @@ def create_encoder(name:str='resnet18', # see `list_encoders()`; without a stem 
                    mean=IMAGENET_MEAN, std=IMAGENET_STD, # per channel, of 0..1 pictures
                   ) -> Encoder:
     "A freshly initialised encoder. Raises `BdnbError` for an unknown name, or a size that the architecture cannot read."
-    for what, v, most in (('width', width, 4096), ('image_size', image_size, 4096)):
-        if v is not None and (isinstance(v, bool) or not isinstance(v, int) or not 1 <= v <= most):
-            raise BdnbError(f"{name}: {what}={v!r} must be a whole number in 1 .. {most}")
+    encoder_layout(name, width, image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed('encoder', seed))
         net = build_encoder_net(name, width, image_size)
@@ -202,24 +210,32 @@ def load_encoder(path, # .safetensors, or a published .pt
                  mean=None, std=None)->Encoder:
     "An encoder from a file. `BdnbError` for a damaged file, missing weights, or a foreign file without a name."
     tensors, header = read_tensors(path)
-    if header and header.get('kind') is None and name is None: return ClipEncoder(load_checkpoint(path))
+    if header and header.get('kind') is None and (name is None or name in list_models()):
+        return ClipEncoder(load_checkpoint(path, name))
     given = dict(name=name, width=width, image_size=image_size, mean=mean, std=std)
     fields = {k: header[k] for k in given if k in header} | {k: v for k, v in given.items() if v is not None}
     if header.get('kind') not in (None, 'encoder') and name is None:
         raise BdnbError(f"{path}: holds a {header['kind']}, not an encoder")
     if not isinstance(fields.get('name'), str):
         raise BdnbError(f"{path}: does not say which architecture it is; name it, e.g. torchvision/resnet18")
-    for k in ('mean', 'std'):
-        if k in fields and not (isinstance(fields[k], (list, tuple)) and len(fields[k]) == 3): raise BdnbError(f"{path}: odd {k}")
-    if 'name' in given and name and not header: fields.setdefault('image_size', 224)
-    model = create_encoder(**{k: v for k, v in fields.items() if v is not None})
-    want = model.net.state_dict()
+    if name and not header: fields.setdefault('image_size', 224)
+    usual = dict(width=None, image_size=32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    fields = usual | {k: v for k, v in fields.items() if v is not None}
+    check_normalisation(fields['mean'], fields['std'], path)
+    found = fitting(tensors, path, fields['name'], fields['width'], fields['image_size'])
+    model = create_encoder(**fields)
+    model.net.load_state_dict(found, strict=False)
+    return model
+
+def fitting(tensors:dict, path, name:str, width, image_size)->dict: # parameter's name -> tensor
+    "The encoder's weights in a file. `BdnbError` names the first that is missing or of another shape; the encoder is not built."
+    try: want = encoder_layout(name, width, image_size)
+    except BdnbError as e: raise BdnbError(f"{path}: {e}") from e
     found = strip_prefix(tensors, set(want))
     missing = [k for k in want if k not in found and not k.endswith('num_batches_tracked')]
     odd = [k for k, v in found.items() if v.shape != want[k].shape]
     if missing or odd:
         k = (missing or odd)[0]
         why = 'is missing' if missing else f'has shape {list(found[k].shape)}, not {list(want[k].shape)}'
-        raise BdnbError(f"{path}: does not fit {model.name} (width {model.width}, {model.image_size} px): {k} {why}")
-    model.net.load_state_dict(found, strict=False)
-    return model
+        raise BdnbError(f"{path}: does not fit {name} (width {width}, {image_size} px): {k} {why}")
+    return found

@@ -179,4 +179,4 @@ def train_encoder(corpus, # pictures; labels are not looked at
     settings = dict(steps=steps, lr=recipe.lr, weight_decay=recipe.weight_decay, warmup=recipe.warmup, optimizer=recipe.optimizer,
                     precision=recipe.precision, seed=seed, out=out, checkpoint_every=200 if out else None, what=recipe.method)
     history = fit(learner, recipe.objective(), batches, quiet=quiet, **{**settings, **options})
-    return encoder.eval(), history, time.time() - start
+    return encoder.eval(), history, history.before + time.time() - start
