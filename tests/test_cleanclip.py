@@ -20,7 +20,7 @@ from bdnb.evaluate import trigger_seeds
 from bdnb.models.build import ClipModel
 from bdnb.models.tiny import tiny_clip
 from bdnb.objectives.contrastive import CleanClipObjective, ClipObjective, clip_loss, inmodal_loss
-from bdnb.train import SCHEDULES
+from bdnb.train import History, SCHEDULES
 
 torch.set_num_threads(1)
 view = TextView(backend='packaged')
@@ -174,7 +174,9 @@ def test_views_of_text_and_picture():
 def asked(monkeypatch):
     "What `fit` is asked for, without doing it."
     calls = []
-    def fit(net, objective, batches, **options): calls.append(SimpleNamespace(objective=objective, batches=batches, **options))
+    def fit(net, objective, batches, **options):
+        calls.append(SimpleNamespace(objective=objective, batches=batches, **options))
+        return History()
     monkeypatch.setattr(module, 'fit', fit)
     return calls
 

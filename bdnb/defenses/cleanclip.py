@@ -48,8 +48,9 @@ class Finetuning:
         batches = Batches(corpus, self.batch_size, seed=self.seed, size=size, workers=self.workers)
         steps = round(self.epochs*(len(batches)//max(1, options.get('grad_accum', 1))))
         warmup = self.warmup if self.schedule == 'official' else min(self.warmup, steps//10)
-        history = fit(net, self.objective(), batches, **dict(steps=steps, lr=self.lr, warmup=warmup, schedule=self.schedule,
-                      weight_decay=self.weight_decay, precision=self.precision, seed=self.seed, what=type(self).__name__) | options)
+        own = dict(steps=steps, lr=self.lr, warmup=warmup, weight_decay=self.weight_decay, schedule=self.schedule,
+                   precision=self.precision, seed=self.seed, what=type(self).__name__)
+        history = fit(net, self.objective(), batches, **own | options)
         for key, why in batches.skipped: corpus._skip(key, why)                      # named by whoever reports on the corpus
         return history
     def cleanse(self, model, # `ClipModel`, trained in place; after an error it is what it was
