@@ -236,11 +236,12 @@ def test_suspects_that_proved_nothing_are_looked_at_again(monkeypatch):
         score, window = score.clone(), window.clone()
         score[rows[::2]], window[rows[::2], :2] = 0., 0
         score[rows[0]], window[rows[0]] = float('nan'), -1
-        asked.append((score, window, keep))
+        asked.append((score, window, keep, self.stages.clock))
         return suspects(self, net, score, window, keep)
     monkeypatch.setattr(Search, 'suspects', blinded)
     found = scan(corpus)
-    score, window, keep = asked[0]
+    score, window, keep, clock = asked[0]
+    assert clock.expected['second opinion'] and clock.left() == 0                                  # no work was expected in vain
     again = ~keep & ~(score >= .08)
     assert again[truth].sum() == 10 and found.window[~again].equal(window[~again])
     assert found.localisation(boxes)['localisation'] == 1 and (found.window[~found.keep] >= 0).all()

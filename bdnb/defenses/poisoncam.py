@@ -615,7 +615,7 @@ def _suspects(self:Search, net, score, window, cleared)->dict: # window int64 [N
     innocent = innocent[torch.randperm(len(innocent), generator=rng('innocents', how.seed))[:INNOCENTS]]
     trial = how.acquit is not None and len(innocent) >= INNOCENTS//4             # with fewer there is nothing to compare with
     rows = torch.cat([doubtful, innocent]) if trial else doubtful
-    self.stages.expect(rows=len(rows), windows=len(rows)*self.judge_cost())
+    self.stages.expect(rows=len(rows), **{'second opinion': len(rows)*self.judge_cost()})
     made = self.stages.over(rows, lambda r: self.judge(net, r, guilty), max(1, how.batch//64))
     here = made['window'][:len(doubtful)]
     if trial:
