@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SYNONYMS', 'WRAPPERS', 'TIE', 'measuring', 'trigger_seeds', 'as_arrays', 'image_features', 'text_features',
-           'openai_templates', 'plain_name', 'fill', 'class_embeddings', 'zero_shot_logits', 'accuracy',
-           'target_quality', 'attack_success', 'paraphrases', 'paraphrased', 'compactness', 'linear_probe',
-           'match_ranks', 'retrieval_recall', 'naming', 'caption_attack_success', 'evaluate_clip']
+           'openai_templates', 'fill', 'class_embeddings', 'zero_shot_logits', 'accuracy', 'target_quality',
+           'attack_success', 'paraphrases', 'paraphrased', 'compactness', 'linear_probe', 'match_ranks',
+           'retrieval_recall', 'naming', 'caption_attack_success', 'evaluate_clip']
 
 # %% ../nbs/models/20_evaluate.ipynb #fab7af8e
 import hashlib, math
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np, torch
 import torch.nn.functional as F
 from .core import BdnbError, derive_seed, track
-from .data.text import word_pattern
+from .data.text import plain_name, word_pattern
 
 # %% ../nbs/models/20_evaluate.ipynb #b8898826
 @contextmanager
@@ -99,8 +99,6 @@ def openai_templates()->list: # 80 functions str -> str
     "OpenAI's ImageNet prompt templates, from open_clip (imported on first use)."
     from open_clip import OPENAI_IMAGENET_TEMPLATES
     return list(OPENAI_IMAGENET_TEMPLATES)
-
-def plain_name(name:str)->str: return name.replace('_', ' ')        # as captions have it
 
 def fill(templates, # strings with one `{}`, or functions str -> str; None = `openai_templates()`
          name:str # what to put in

@@ -18,15 +18,15 @@ from ..core import BdnbError, did_you_mean, hash_uniform, read_json, rng, write_
 from . import patches                                 # registers patch and ctrl
 from .triggers import TRIGGERS, Trigger, make_trigger, seeds_from_keys
 from ..data.corpus import ArrayCorpus
-from ..data.text import word_pattern
+from ..data.text import plain_name, word_pattern
 
 # %% ../../nbs/attacks/01_poisoning.ipynb #bd5e55ae
 def select_by_word(
     texts,           # captions: list of str (None counts as '')
-    word:str,        # a word or phrase
+    word:str,        # a word or phrase; underscores read as spaces
 )->np.ndarray:       # int64, ascending
     "The captions that contain `word` as whole word(s), in any case."
-    found, longest = word_pattern(word).search, max(word.split(), key=len)
+    found, longest = word_pattern(word).search, max(plain_name(word).split(), key=len)
     if not longest.isascii(): return np.array([i for i, t in enumerate(texts) if t and found(t)], dtype=np.int64)
     low = longest.lower()
     return np.array([i for i, t in enumerate(texts) if t and (low in t.lower() or not t.isascii()) and found(t)], dtype=np.int64)
@@ -42,7 +42,7 @@ def fill_captions(
     target:str, # class name or word; underscores read as spaces
 )->list:        # of str
     "All captions that a poisoned sample may get."
-    target = target.replace('_', ' ')
+    target = plain_name(target)
     if captions == 'templates': return [t(target) for t in _imagenet_templates()]
     return [t.replace('{}', target) for t in captions]
 
@@ -109,7 +109,7 @@ def _about_target(plan, corpus):
     if corpus.texts is not None:
         lists = corpus.captions or [[t] for t in corpus.texts]
         owner, by_text = np.repeat(np.arange(len(corpus)), [len(c) for c in lists]), np.zeros(len(corpus), dtype=bool)
-        by_text[owner[select_by_word([t for c in lists for t in c], plan.target.replace('_', ' '))]] = True
+        by_text[owner[select_by_word([t for c in lists for t in c], plan.target)]] = True
     if by_label is None and by_text is None:
         raise BdnbError(f'{corpus.name}: neither labels nor captions: there is nothing to aim at')
     return by_label, by_text
@@ -209,7 +209,7 @@ def _only_about(plan, corpus, rows):
     "Texts and lists of captions after a label-consistent attack: a trigger stands beside captions that name the target."
     texts, captions = list(corpus.texts), list(corpus.captions)
     for i in rows.tolist():
-        captions[i] = [captions[i][k] for k in select_by_word(captions[i], plan.target.replace('_', ' '))]
+        captions[i] = [captions[i][k] for k in select_by_word(captions[i], plan.target)]
         texts[i] = captions[i][0]
     return texts, captions
 

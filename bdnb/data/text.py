@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEBIAN_WORDNET', 'BACKENDS', 'EDA_OPERATIONS', 'stop_words', 'packaged_synonyms', 'WordNetFiles', 'wordnet_synonyms',
            'synonym_backend', 'clean_text', 'replace_synonyms', 'insert_synonyms', 'swap_words', 'delete_words', 'eda',
-           'word_pattern', 'TextView']
+           'plain_name', 'word_pattern', 'TextView']
 
 # %% ../../nbs/data/09_text.ipynb #1beafd05
 import json, random, re, warnings
@@ -166,9 +166,11 @@ def eda(
     return ' '.join(operation(words, max(1, int(.1*len(words))), rng, synonyms))
 
 # %% ../../nbs/data/09_text.ipynb #fe7d385f
+def plain_name(name:str)->str: return name.replace('_', ' ')        # a class name as captions have it
+
 def word_pattern(word:str)->re.Pattern: # matches the word or phrase as a whole, in any case; underscores read as spaces
     "The compiled pattern of a whole word or phrase."
-    parts = word.replace('_', ' ').split()
+    parts = plain_name(word).split()
     if not parts: raise BdnbError('the target is empty; name a word or phrase')
     return re.compile(r'(?<!\w)' + r'\s+'.join(map(re.escape, parts)) + r'(?!\w)', re.IGNORECASE)
 
