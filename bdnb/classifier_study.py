@@ -27,7 +27,7 @@ from .defenses.rivals import ANP, NAD, FinePruning, FineTuneClassifier
 from .evaluate import trigger_seeds
 from .models.classifiers import evaluate_classifier, load_classifier, save_classifier
 from .objectives.classify import CrossEntropyObjective
-from .train import fit, settled_precision
+from .train import fit, run_device, settled_precision
 from .study import data_name, path_of, peak_bytes, same_study
 
 # %% ../nbs/app/03_classifier_study.ipynb #7c9092e5
@@ -234,8 +234,8 @@ class ClassifierCase:
             start, model = time.time(), learn(r, labelled(train), self.seed, 'clean')
             save_classifier(model, folder/'clean.safetensors')
             write_json(folder/'seconds.json', time.time() - start)
-        model = load_classifier(folder/'clean.safetensors')
-        return evaluate_classifier(model.eval(), test, self.victim()[1], r.target), dict(seconds=read_json(folder/'seconds.json'))
+        model = load_classifier(folder/'clean.safetensors').to(run_device())
+        return evaluate_classifier(model, test, self.victim()[1], r.target), dict(seconds=read_json(folder/'seconds.json'))
 
 # %% ../nbs/app/03_classifier_study.ipynb #c1a55e02
 def _made(self:ClassifierCase, system, choice, folder)->bool:

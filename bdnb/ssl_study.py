@@ -22,6 +22,7 @@ from .models.encoders import load_encoder, save_encoder
 from .objectives.ssl import SslRecipe, train_encoder
 from .probe import evaluate_encoder, verdict
 from .study import data_name, peak_bytes, same_study
+from .train import run_device
 
 # %% ../nbs/app/04_ssl_study.ipynb #d50ba9ec
 _SMALL = SslRecipe('mocov2', 'resnet10/half', 16, 32, 'global_local', 36, 64, .1, weight_decay=5e-4, warmup=30, queue=512,
@@ -141,7 +142,7 @@ class SslCase:
             write_json(note, dict(seconds=seconds))
             save_encoder(e, done)
             (folder/'checkpoint.pt').unlink(missing_ok=True)
-        return load_encoder(done).eval(), read_json(note)['seconds']
+        return load_encoder(done).eval().to(run_device()), read_json(note)['seconds']
 
     def victim(self, again=False):
         return self.encoder(self.folder/f'none{AGAIN}' if again else self.folder, lambda: self.poisoned().corpus, again)

@@ -79,7 +79,7 @@ class MaskObjective:
         "Returns {'size', 'sameness'}."
         x = as_floats(batch.images)
         if self.view is not None: x = self.view(x, batch.generator('view'), rows=batch.rows)
-        m, order = binary(model(x)), torch.roll(torch.arange(len(x)), 1)
+        m, order = binary(model(x)), torch.roll(torch.arange(len(x), device=x.device), 1)
         return dict(size=self.norm*F.relu(m - self.density).mean(), sameness=self.div*sameness(x, x[order], m, m[order]))
 
 # %% ../../nbs/attacks/12_inputaware.ipynb #cc4416e8

@@ -27,7 +27,7 @@ from ..evaluate import as_arrays, measuring
 from ..models.classifiers import Classifier, class_names, create_classifier, evaluate_classifier, save_classifier
 from ..objectives.classify import CrossEntropyObjective, frozen
 from ..objectives.distill import crop_flip
-from ..train import History, fit
+from ..train import History, fit, run_device
 
 # %% ../../nbs/attacks/10_supervised.ipynb #3e2bccca
 def moved(images, generator, rows=None, flip=False):
@@ -236,7 +236,7 @@ def add_cover(attack, poisoned:Poisoned)->Poisoned: # its pictures are changed i
 
 def _apply(self:SupervisedAttack,
            corpus, # clean pictures with labels; stays as it is
-           surrogate:Classifier=None, # a clean classifier for those who need one
+           surrogate:Classifier=None, # a clean classifier for those who need one; it goes to where `fit` computes
            **training, # how to train it otherwise, as in `train_classifier`
           )->Poisoned:
     "The poisoned corpus and its truth. `BdnbError` for an attack that is no data poisoning."
@@ -247,6 +247,7 @@ def _apply(self:SupervisedAttack,
         if surrogate is None: surrogate = train_surrogate(corpus, self.seed, **training)
         if (k := len(surrogate.classes)) != len(corpus.classes):
             raise BdnbError(f'attack {self.name}: the surrogate knows {k} classes, {corpus.name} has {len(corpus.classes)}')
+        surrogate.to(run_device(training.get('device')))
     if self.search_steps:
         found = learn_low_frequency(surrogate, batches_of(corpus, 64, self.seed), self.trigger, self.search_steps,
                                     seed=self.seed, device=training.get('device'))

@@ -243,9 +243,9 @@ class Search:
     def regroup(self, k):
         "So many clusters, and test pictures of them, from now on."
         def cluster():
-            c = spherical_kmeans(self.z, k, self.how.seed)
-            own, similarity = assign(self.z, c.centroids)
-            return dict(centroids=c.centroids, own=own, similarity=similarity.float())
+            c = spherical_kmeans(z := self.z.to(self.device), k, self.how.seed)
+            own, similarity = assign(z, c.centroids)
+            return dict(centroids=c.centroids.cpu(), own=own.cpu(), similarity=similarity.float().cpu())
         name = f'clusters{self.suffix(k)}'
         c = self.grouped[k] = self.grouped.get(k) or self.stages.stage(name, lambda: self.stages.once(cluster), 'clusters')
         self.k, self.centroids, self.own, self.base = k, c['centroids'].to(self.device), c['own'], c['similarity']

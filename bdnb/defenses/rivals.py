@@ -22,7 +22,7 @@ from ..evaluate import accuracy, as_arrays
 from ..models.classifiers import Classifier, check_labels, classifier_logits
 from ..objectives.classify import CrossEntropyObjective, frozen
 from ..objectives.distill import drawn_view
-from ..train import fit, put_back, run_marks
+from ..train import fit, put_back, run_device, run_marks
 
 # %% ../../nbs/defenses/06_rivals.ipynb #399a5761
 def labelled_pictures(model:Classifier, corpus, what:str): # an `ArrayCorpus` at the model's size
@@ -68,7 +68,7 @@ class FineTuneClassifier:
         start, corpus = time.time(), labelled_pictures(model, corpus, type(self).__name__)
         marks = run_marks(self, model) if out else None
         with put_back(model):
-            model.requires_grad_(True)
+            model.to(run_device(options.get('device'))).requires_grad_(True)
             history = self.cure(model, corpus, out=out, checkpoint_every=checkpoint_every, quiet=quiet, marks=marks, **options)
         return Cleansed(model, history, history.before + time.time() - start)
 
