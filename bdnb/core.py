@@ -207,20 +207,20 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else (os.cpu_count() or 1)
 
 def _commit():
-    """The commit of the checkout this package was imported from (`-dirty` when the package differs from it).
+    """The commit of the checkout this package was imported from (`-dirty` when the package differs from it), or None.
 
-    Where git does not answer (a copy without its history), what BDNB_COMMIT says, or None."""
-    said = os.environ.get('BDNB_COMMIT', '').strip() or None
+    Of a copy that left its history behind: what BDNB_COMMIT says."""
+    if said := os.environ.get('BDNB_COMMIT', '').strip(): return said
     root = Path(__file__).resolve().parents[1] if '__file__' in globals() else Path.cwd()
     def git(*args):
         r = subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True, timeout=10)
         return r.stdout.strip() if r.returncode == 0 else None
     try:
         top = git('rev-parse', '--show-toplevel')
-        if not top or not (Path(top)/'bdnb'/'__init__.py').exists(): return said
+        if not top or not (Path(top)/'bdnb'/'__init__.py').exists(): return None
         head = git('rev-parse', 'HEAD')
-        return head + ('-dirty' if git('status', '--porcelain', '--', f'{top}/bdnb') else '') if head else said
-    except (OSError, subprocess.TimeoutExpired): return said
+        return head and head + ('-dirty' if git('status', '--porcelain', '--', f'{top}/bdnb') else '')
+    except (OSError, subprocess.TimeoutExpired): return None
 
 def _versions(*names):
     from importlib.metadata import version, PackageNotFoundError
