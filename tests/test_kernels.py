@@ -351,18 +351,20 @@ def test_bad_views(change, complaint, monkeypatch):
     with pytest.raises(BdnbError, match=complaint): masked_views(**{**good, **change})
 
 
-POINTERS = {'*u8': 'images masks changed', '*i64': 'pairs order starts own index',
-            '*fp32': 'scale shift features centroids base best mine vote heat', '*bf16': 'grad'}
+POINTERS = {'*u8': 'images masks changed', '*i64': 'pairs order starts own index', '*i32': 'words first',
+            '*fp16': 'z c parts weight number', '*bf16': 'grad',
+            '*fp32': 'x scale shift down lower length high base best mine vote heat sums counts'}
 
 
 def variants():
     "Kernels with what is constant in them, and the type of their result where it is not float32."
-    for last in (True, False): yield cam._views_kernel, dict(PAIRS=last, LAST=last, BLOCK=1024), '*bf16'
-    yield cam._views_back_kernel, dict(PAIRS=True, BLOCK=512), '*fp32'
-    yield cam._heat_kernel, dict(PAIRS=True, BLOCK=512), None
-    for own, precision in ((True, 'tf32x3'), (False, 'ieee')):
-        yield cam._nearest_kernel, dict(K=1000, D=512, OWN=own, PAIRS=False, SOFT=True, NORMALISE=True, PRECISION=precision,
-                                        BP=16, BK=64, BD=32), None
+    kinds = dict(OWN=True, PAIRS=False)
+    for name, more, out in (('pack', {}, None), ('views', dict(PAIRS=True, LAST=True, BLOCK=2048), '*bf16'),
+                            ('views', dict(PAIRS=False, LAST=False, BLOCK=1024), '*fp32'), ('back', dict(PAIRS=True), '*fp32'),
+                            ('split', {}, None), ('nearest', kinds, None), ('nearest', dict(OWN=False, PAIRS=True), None),
+                            ('vote', dict(kinds, SOFT=True, NORMALISE=True), None), ('weights', {}, None),
+                            ('heat', dict(PAIRS=True), None), ('heat', dict(PAIRS=False), None)):
+        yield getattr(cam, '_views_back_kernel' if name == 'back' else f'_{name}_kernel'), {**cam._TUNED[name], **more}, out
 
 
 @pytest.mark.skipif(cam.triton is None or INTERPRETED, reason='needs a Triton that compiles')
@@ -374,10 +376,11 @@ def test_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch):
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
     types = {name: kind for kind, names in POINTERS.items() for name in names.split()}
     for kernel, constants, out in variants():
+        options = {k: constants.pop(k) for k in ('num_warps', 'num_stages') if k in constants}
         kinds = {n: 'constexpr' if n in constants else out if n == 'out' else types.get(n, 'i32') for n in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=kinds,
                            constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()})
-        made = cam.triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=4))
+        made = cam.triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
         assert len(made.asm['cubin']) > 1000 and f'sm_{capability}' in made.asm['ptx'], kernel
 
 

@@ -20,6 +20,16 @@ except ImportError: triton = None                    # no Triton for this system
 # %% ../../nbs/kernels/00_cam.ipynb #28e358d5
 _BLOCK = 2**22                                       # elements of a temporary that the references allow themselves
 
+_TUNED = dict(                                       # tiles, warps and stages of the kernels: the fastest on an H200
+    pack=dict(BLOCK=1024, num_warps=4),
+    views=dict(GROUP=32, num_warps=8),
+    back=dict(BLOCK=512, num_warps=4),
+    split=dict(ROWS=16, BLOCK=256, num_warps=8),
+    nearest=dict(BP=128, BK=128, BD=64, num_warps=8, num_stages=3),
+    vote=dict(BP=128, num_warps=4),
+    weights=dict(BM=64, BV=64, num_warps=4),
+    heat=dict(BB=64, BM=32, BN=128, num_warps=4, num_stages=3))
+
 def _interpreted(): return type(_views_kernel).__name__ == 'InterpretedFunction'
 
 def _on_kernel(
@@ -87,37 +97,46 @@ def _views_reference(images, masks, pairs, scale, shift, out):
 # %% ../../nbs/kernels/00_cam.ipynb #bdc81387
 if triton is not None:
     @triton.jit
-    def _views_kernel(images, masks, pairs, scale, shift, out, B, M, HW, blocks, image_step, channel_step, pixel_step,
-                      PAIRS: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
-        "One block of one view: of its elements (LAST: channels last) or of its pixels."
-        pid = tl.program_id(0)
-        p = (pid // blocks).to(tl.int64)
+    def _pack_kernel(masks, words, M, HW, BLOCK: tl.constexpr):
+        "Bit i of word w of a pixel: does mask 32 w + i cover it?"
+        at, w = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+        word = tl.zeros((BLOCK,), tl.int32)
+        for i in range(0, tl.minimum(M - 32*w, 32)):
+            covered = tl.load(masks + (32*w + i).to(tl.int64)*HW + at, mask=at < HW, other=0) != 0
+            word |= covered.to(tl.int32) << i
+        tl.store(words + w.to(tl.int64)*HW + at, word, mask=at < HW)
+
+    @triton.jit
+    def _views_kernel(images, masks, words, pairs, scale, shift, out, P, B, M, HW, blocks, image_step, channel_step,
+                      pixel_step, PAIRS: tl.constexpr, LAST: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+        "One block of elements of GROUP views: of one picture under its next masks, or (PAIRS) of the next pairs."
+        group, at = tl.program_id(0) // blocks, (tl.program_id(0) % blocks)*BLOCK + tl.arange(0, BLOCK)
+        inside = at < 3*HW
+        pixel, channel = (at // 3, at % 3) if LAST else (at % HW, at // HW)
+        by, plus = tl.load(scale + channel, mask=inside, other=0), tl.load(shift + channel, mask=inside, other=0)
+        from_picture = channel*channel_step + pixel*pixel_step
+        nothing = tl.zeros((BLOCK,), out.dtype.element_ty)
         if PAIRS:
-            b = tl.load(pairs + 2*p)
-            m = tl.load(pairs + 2*p + 1)
+            first = group.to(tl.int64)*GROUP
+            n = tl.minimum(P - first, GROUP)
         else:
-            b = p // M
-            m = p % M
-        known = (b >= 0) & (b < B) & (m >= 0) & (m < M)
-        size = tl.where(known, HW, 0)                       # a pair that points outside reads nothing and gives NaN
-        poison = tl.where(known, 0., float('nan'))
-        at = (pid % blocks)*BLOCK + tl.arange(0, BLOCK)
-        s0, s1, s2 = tl.load(scale), tl.load(scale + 1), tl.load(scale + 2)
-        t0, t1, t2 = tl.load(shift), tl.load(shift + 1), tl.load(shift + 2)
-        if LAST:
-            pixel = at // 3
-            c = at - 3*pixel
-            hidden = tl.load(masks + m*HW + pixel, mask=at < 3*size, other=0) != 0
-            x = tl.load(images + b*image_step + c*channel_step + pixel*pixel_step, mask=at < 3*size, other=0).to(tl.float32)
-            y = x*tl.where(c == 0, s0, tl.where(c == 1, s1, s2)) + tl.where(c == 0, t0, tl.where(c == 1, t1, t2))
-            tl.store(out + p*3*HW + at, (tl.where(hidden, 0., y) + poison).to(out.dtype.element_ty), mask=at < 3*HW)
-        else:
-            hidden = tl.load(masks + m*HW + at, mask=at < size, other=0) != 0
-            for c in tl.static_range(3):
-                x = tl.load(images + b*image_step + c*channel_step + at*pixel_step, mask=at < size, other=0).to(tl.float32)
-                y = x*(s0 if c == 0 else s1 if c == 1 else s2) + (t0 if c == 0 else t1 if c == 1 else t2)
-                y = tl.where(hidden, 0., y) + poison
-                tl.store(out + (p*3 + c)*HW + at, y.to(out.dtype.element_ty), mask=at < HW)
+            groups = tl.cdiv(M, GROUP)
+            b, m = (group // groups).to(tl.int64), (group % groups)*GROUP
+            first = b*M + m
+            n = tl.minimum(M - m, GROUP)
+            x = tl.load(images + b*image_step + from_picture, mask=inside, other=0).to(tl.float32)
+            plain = (x*by + plus).to(out.dtype.element_ty)
+            word = tl.load(words + (m // 32).to(tl.int64)*HW + pixel, mask=inside, other=0) >> (m % 32)
+        for i in range(0, n):
+            if PAIRS:
+                b, m = tl.load(pairs + 2*(first + i)), tl.load(pairs + 2*(first + i) + 1)
+                known = (b >= 0) & (b < B) & (m >= 0) & (m < M)     # a pair that points outside reads nothing and gives NaN
+                there = at < tl.where(known, 3*HW, 0)
+                x = tl.load(images + b*image_step + from_picture, mask=there, other=0).to(tl.float32)
+                hidden = tl.load(masks + m*HW + pixel, mask=there, other=0) != 0
+                view = tl.where(hidden, 0., x*by + plus) + tl.where(known, 0., float('nan'))
+            else: view = tl.where((word & (1 << i)) != 0, nothing, plain)
+            tl.store(out + (first + i)*3*HW + at, view.to(out.dtype.element_ty), mask=inside)
 else: _views_kernel = None
 
 # %% ../../nbs/kernels/00_cam.ipynb #0d9e0b4c
@@ -128,15 +147,18 @@ def _flat_pixels(images):
 
 def _views_triton(images, masks, pairs, scale, shift, out):
     "Fill `out`: the kernel of `masked_views`."
-    B, M, HW, last = len(images), len(masks), images.shape[2]*images.shape[3], out.stride(1) == 1
+    B, M, HW, last, tuned = len(images), len(masks), images.shape[2]*images.shape[3], out.stride(1) == 1, _TUNED['views']
     if not out.numel(): return
     images, *steps = _flat_pixels(images)
-    block = 1024
-    blocks = triton.cdiv(3*HW if last else HW, block)
+    block = 32*tuned['num_warps'] * 16 // out.element_size()          # each thread writes 16 bytes of a view at once
+    masks, blocks = masks.contiguous().view(torch.uint8), triton.cdiv(3*HW, block)
+    words = torch.empty(0 if pairs is not None else triton.cdiv(M, 32), HW, dtype=torch.int32, device=out.device)
+    groups, pack = B*triton.cdiv(M, tuned['GROUP']) if pairs is None else triton.cdiv(len(out), tuned['GROUP']), _TUNED['pack']
     with torch.cuda.device_of(out):
-        _views_kernel[(len(out)*blocks,)](
-            images, masks.contiguous().view(torch.uint8), masks if pairs is None else pairs.contiguous(), scale, shift, out,
-            B, M, HW, blocks, *steps, PAIRS=pairs is not None, LAST=last, BLOCK=block, num_warps=4)
+        if pairs is None: _pack_kernel[(triton.cdiv(HW, pack['BLOCK']), len(words))](masks, words, M, HW, **pack)
+        _views_kernel[(groups*blocks,)](
+            images, masks, words, masks if pairs is None else pairs.contiguous(), scale, shift, out, len(out), B, M, HW, blocks,
+            *steps, PAIRS=pairs is not None, LAST=last, BLOCK=block, **tuned)
 
 # %% ../../nbs/kernels/00_cam.ipynb #712962d6
 def _by_picture(pairs, B, M, device):
@@ -183,11 +205,11 @@ def _views_back_triton(grad, masks, pairs, scale, out):
     if not out.numel(): return
     order, starts = _by_picture(pairs, B, M, out.device)
     grad, *steps = _flat_pixels(grad)
-    blocks = triton.cdiv(HW, 512)
+    blocks = triton.cdiv(HW, _TUNED['back']['BLOCK'])
     with torch.cuda.device_of(out):
         _views_back_kernel[(B*3*blocks,)](
             grad, masks.contiguous().view(torch.uint8), order if pairs is None else pairs.contiguous(), order, starts, scale, out,
-            M, HW, blocks, *steps, PAIRS=pairs is not None, BLOCK=512, num_warps=4)
+            M, HW, blocks, *steps, PAIRS=pairs is not None, **_TUNED['back'])
 
 # %% ../../nbs/kernels/00_cam.ipynb #c3117900
 @torch.library.custom_op('bdnb::masked_views', mutates_args=())
@@ -286,51 +308,86 @@ def _nearest_reference(
 # %% ../../nbs/kernels/00_cam.ipynb #41c5a54b
 if triton is not None:
     @triton.jit
-    def _nearest_kernel(features, centroids, pairs, own, base, index, best, mine, changed, vote, P, B, M,
-                        K: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr, PAIRS: tl.constexpr, SOFT: tl.constexpr,
-                        NORMALISE: tl.constexpr, PRECISION: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
-        "BP rows against all centroids. OWN: also the similarity to the picture's own cluster, and the row's vote."
+    def _split_kernel(x, parts, down, length, N, D, DP, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        "Rows times a power of two (`down` undoes it) as float16 [N, 2, DP]: the number, and what rounding left of it."
+        rows = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS)
+        high, squares = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+        for d in range(0, D, BLOCK):
+            ds = d + tl.arange(0, BLOCK)
+            v = tl.load(x + rows[:, None]*D + ds[None, :], mask=(rows < N)[:, None] & (ds < D)[None, :], other=0).to(tl.float32)
+            high = tl.maximum(high, tl.max(tl.abs(v), 1))
+            squares += tl.sum(v*v, 1)
+        exponent = tl.maximum(high.to(tl.int32, bitcast=True) >> 23, 15)
+        up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)        # the largest number is then in 2**14 .. 2**15
+        for d in range(0, DP, BLOCK):
+            ds = d + tl.arange(0, BLOCK)
+            v = tl.load(x + rows[:, None]*D + ds[None, :], mask=(rows < N)[:, None] & (ds < D)[None, :], other=0).to(tl.float32)
+            v *= up[:, None]
+            coarse = v.to(tl.float16)
+            to, there = parts + rows[:, None]*2*DP + ds[None, :], (rows < N)[:, None] & (ds < DP)[None, :]
+            tl.store(to, coarse, mask=there)
+            tl.store(to + DP, (v - coarse.to(tl.float32)).to(tl.float16), mask=there)
+        tl.store(down + rows, ((exponent - 14) << 23).to(tl.float32, bitcast=True), mask=rows < N)
+        tl.store(length + rows, tl.sqrt(squares), mask=rows < N)
+
+    @triton.jit
+    def _own(pairs, own, rows, live, start, B, M, PAIRS: tl.constexpr):
+        "Picture of each row, is there such a picture, and its cluster (-1: none)."
+        if PAIRS: b = tl.load(pairs + 2*rows, mask=live, other=-1)
+        else: b = (start + rows) // M
+        known = live & (b >= 0) & (b < B)
+        return b, known, tl.load(own + b, mask=known, other=-1)
+
+    @triton.jit
+    def _nearest_kernel(z, c, down, pairs, own, high, first, mine, start, P, B, M, K, D, OWN: tl.constexpr, PAIRS: tl.constexpr,
+                        BP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
+        "BP rows against BK centroids: the largest product and its first centroid. OWN: also that with the row's own centroid."
+        tiles = tl.cdiv(K, BK)
+        tile = tl.program_id(0) % tiles
+        rows = (tl.program_id(0) // tiles).to(tl.int64)*BP + tl.arange(0, BP)
+        live, ks, ds = rows < P, tile*BK + tl.arange(0, BK), tl.arange(0, BD)
+        zs = z + tl.minimum(rows, P - 1)[:, None]*2*D + ds[None, :]
+        cs = c + tl.minimum(ks, K - 1).to(tl.int64)[None, :]*2*D + ds[:, None]
+        s, rest = tl.zeros((BP, BK), tl.float32), tl.zeros((BP, BK), tl.float32)
+        for d in range(0, D, BD):
+            z0, c0, z1, c1 = tl.load(zs + d), tl.load(cs + d), tl.load(zs + D + d), tl.load(cs + D + d)
+            rest = tl.dot(z0, c1, rest)
+            s = tl.dot(z0, c0, s)
+            rest = tl.dot(z1, c0, rest)
+        s = (s + rest)*tl.load(down + ks, mask=ks < K, other=0)[None, :]
+        if OWN:
+            _, _, o = _own(pairs, own, rows, live, start, B, M, PAIRS)
+            here = live & (o >= tile*BK) & (o < tl.minimum(tile*BK + BK, K))
+            tl.store(mine + rows, tl.sum(tl.where(ks[None, :] == o[:, None], s, 0.), 1), mask=here)
+        s = tl.where((ks < K)[None, :], s, float('-inf'))
+        top = tl.max(s, 1)
+        tl.store(high + tile.to(tl.int64)*P + rows, top, mask=live)
+        tl.store(first + tile.to(tl.int64)*P + rows, tl.min(tl.where(s == top[:, None], ks[None, :], K), 1), mask=live)
+
+# %% ../../nbs/kernels/00_cam.ipynb #a6373404
+if triton is not None:
+    @triton.jit
+    def _vote_kernel(high, first, down, length, pairs, own, base, index, best, mine, changed, vote, start, P, B, M, K, tiles,
+                     OWN: tl.constexpr, PAIRS: tl.constexpr, SOFT: tl.constexpr, NORMALISE: tl.constexpr, BP: tl.constexpr):
+        "The nearest centroid of BP rows from those of the tiles. OWN: also the similarity to the own cluster, and the vote."
         rows = tl.program_id(0).to(tl.int64)*BP + tl.arange(0, BP)
         live = rows < P
-        ks, ds = tl.arange(0, BK), tl.arange(0, BD)
-        squares = tl.zeros((BP,), tl.float32)
-        for d in range(0, D, BD):
-            z = tl.load(features + rows[:, None]*D + (d + ds)[None, :], mask=live[:, None] & ((d + ds) < D)[None, :], other=0)
-            z = z.to(tl.float32)
-            squares += tl.sum(z*z, 1)
-        if OWN:
-            if PAIRS: b = tl.load(pairs + 2*rows, mask=live, other=-1)
-            else: b = rows // M
-            known = live & (b >= 0) & (b < B)
-            o = tl.load(own + b, mask=known, other=-1)
-            there = tl.full((BP,), float('nan'), tl.float32)
-        top = tl.full((BP,), float('-inf'), tl.float32)
-        at = tl.zeros((BP,), tl.int32)
-        for k in range(0, K, BK):
-            s = tl.zeros((BP, BK), tl.float32)
-            inside = (k + ks) < K
-            for d in range(0, D, BD):
-                here = (d + ds) < D
-                z = tl.load(features + rows[:, None]*D + (d + ds)[None, :], mask=live[:, None] & here[None, :], other=0)
-                c = tl.load(centroids + (k + ks)[None, :].to(tl.int64)*D + (d + ds)[:, None],
-                            mask=inside[None, :] & here[:, None], other=0)
-                s = tl.dot(z.to(tl.float32), c, s, input_precision=PRECISION)
-            if OWN:
-                hit = ((k + ks)[None, :] == o[:, None]) & inside[None, :]
-                there = tl.where(tl.sum(hit.to(tl.int32), 1) > 0, tl.sum(tl.where(hit, s, 0.), 1), there)
-            s = tl.where(inside[None, :], s, float('-inf'))
-            high = tl.max(s, 1)
-            first = tl.min(tl.where(s == high[:, None], k + ks[None, :], K), 1)
-            at = tl.where(high > top, first, at)
-            top = tl.maximum(top, high)
-        length = tl.sqrt(squares)
-        fine = length < float('inf')                        # false for NaN too
-        factor = tl.where(fine, 1/tl.maximum(length, 1e-12) if NORMALISE else 1., float('nan'))
+        top, at = tl.full((BP,), float('-inf'), tl.float32), tl.zeros((BP,), tl.int32)
+        for t in range(0, tiles):
+            v = tl.load(high + rows + tl.cast(t, tl.int64)*P, mask=live, other=0)
+            at = tl.where(v > top, tl.load(first + rows + tl.cast(t, tl.int64)*P, mask=live, other=0), at)
+            top = tl.maximum(top, v)
+        far = tl.load(length + rows, mask=live, other=0)
+        fine = far < float('inf')                           # false for NaN too
+        factor = 1/tl.maximum(far, 1e-12) if NORMALISE else tl.full((BP,), 1., tl.float32)
+        undo = tl.load(down + rows, mask=live, other=0)
         at = tl.where(fine, at, 0)
         tl.store(index + rows, at.to(tl.int64), mask=live)
-        tl.store(best + rows, tl.where(fine, top*factor, float('nan')), mask=live)
+        tl.store(best + rows, tl.where(fine, top*undo*factor, float('nan')), mask=live)
         if OWN:
-            there = tl.where(fine, there*factor, float('nan'))
+            b, known, o = _own(pairs, own, rows, live, start, B, M, PAIRS)
+            there = tl.load(mine + rows, mask=live & (o >= 0) & (o < K), other=float('nan'))
+            there = tl.where(fine, there*undo*factor, float('nan'))
             moved = (at != o) & (there == there)
             tl.store(mine + rows, there, mask=live)
             tl.store(changed + rows, moved, mask=live)
@@ -338,10 +395,22 @@ if triton is not None:
             tl.store(vote + rows, v, mask=live)
 
 # %% ../../nbs/kernels/00_cam.ipynb #f372435a
-def _precision(device):
-    "How the tensor cores multiply float32: in three parts where they can (Ampere and later), else not on them."
-    if device.type != 'cuda' or torch.version.hip: return 'ieee'
-    return 'tf32x3' if torch.cuda.get_device_capability(device)[0] >= 8 else 'ieee'
+def _split(x, width):
+    "What `_split_kernel` makes of rows: parts, powers of two and lengths."
+    N, D = x.shape
+    new = lambda dtype, *shape: torch.empty(N, *shape, dtype=dtype, device=x.device)
+    made = new(torch.float16, 2, width), new(torch.float32), new(torch.float32)
+    _split_kernel[(triton.cdiv(N, _TUNED['split']['ROWS']),)](x, *made, N, D, width, **_TUNED['split'])
+    return made
+
+def _nearest_tiles(device):
+    "The tiles of `_nearest_kernel`, smaller where a GPU has less memory beside its units; never by the number of rows."
+    tuned = dict(_TUNED['nearest'])
+    if device.type != 'cuda': return tuned
+    room = getattr(torch.cuda.get_device_properties(device), 'shared_memory_per_block_optin', 2**16)
+    while tuned['num_stages']*tuned['BD']*4*(tuned['BP'] + tuned['BK']) >= room and tuned['BD'] > 16:
+        tuned.update(num_stages=tuned['num_stages'] - 1) if tuned['num_stages'] > 2 else tuned.update(BD=tuned['BD'] // 2)
+    return tuned
 
 def _nearest_triton(
     features, centroids, # float [P, d], [K, d]
@@ -349,24 +418,30 @@ def _nearest_triton(
     pairs=None, M=1,     # which view is whose
     soft=True,           # kind of vote
     normalise=True,      # divide by the length?
-    precision=None,      # of the products; see `_precision`
 )->tuple:                # nearest, its similarity; with `own` also own similarity, change (bool) and vote; each [P]
-    "The kernel."
-    P, D = features.shape
-    features, centroids = features.contiguous(), centroids.float().contiguous()
-    new = lambda dtype, n=P: torch.empty(n, dtype=dtype, device=features.device)
-    index, best = new(torch.int64), new(torch.float32)
-    more = [new(t, 0 if own is None else P) for t in (torch.float32, torch.bool, torch.float32)]
-    if P:
-        mine, changed, vote = more
-        bp = 64 if P >= 2**13 else 16                           # few rows: more, smaller programs
-        with torch.cuda.device_of(features):
-            _nearest_kernel[(triton.cdiv(P, bp),)](             # what is not wanted gets some pointer, and is not touched
-                features, centroids, index if pairs is None else pairs.contiguous(), index if own is None else own.contiguous(),
-                best if own is None else base.float().contiguous(), index, best, mine, changed.view(torch.uint8), vote,
-                P, 0 if own is None else len(own), max(M, 1), K=len(centroids), D=D, OWN=own is not None, PAIRS=pairs is not None,
-                SOFT=soft, NORMALISE=normalise, PRECISION=precision or _precision(features.device), BP=bp, BK=64, BD=32)
-    return (index, best) if own is None else (index, best, *more)
+    "The kernels, on as many rows at a time as leave their parts in the cache of a large GPU."
+    (P, D), K, tuned, chosen = features.shape, len(centroids), _nearest_tiles(features.device), own is not None
+    new = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device=features.device)
+    index, best = new(torch.int64, P), new(torch.float32, P)
+    more = [new(t, P if chosen else 0) for t in (torch.float32, torch.bool, torch.float32)]
+    features, width, tiles = features.contiguous(), triton.cdiv(D, tuned['BD'])*tuned['BD'], triton.cdiv(K, tuned['BK'])
+    own, base = (own.contiguous(), base.float().contiguous()) if chosen else (index, best)   # not wanted: some pointer, unread
+    step = max(1, 2**23 // width // 128)*128
+    with torch.cuda.device_of(features):
+        c, down, _ = _split(centroids.contiguous(), width)
+        for i in range(0, P, step):
+            part = slice(i, i + step)
+            z, undo, length = _split(features[part], width)
+            p, who = len(z), index if pairs is None else pairs[part].contiguous()
+            high, first = new(torch.float32, tiles, p), new(torch.int32, tiles, p)
+            mine, changed, vote = (v[part] for v in more)
+            kinds = dict(OWN=chosen, PAIRS=pairs is not None)
+            _nearest_kernel[(triton.cdiv(p, tuned['BP'])*tiles,)](
+                z, c, down, who, own, high, first, mine, i, p, len(own), max(M, 1), K, width, **kinds, **tuned)
+            _vote_kernel[(triton.cdiv(p, _TUNED['vote']['BP']),)](
+                high, first, undo, length, who, own, base, index[part], best[part], mine, changed.view(torch.uint8), vote,
+                i, p, len(own), max(M, 1), K, tiles, **kinds, SOFT=soft, NORMALISE=normalise, **_TUNED['vote'])
+    return (index, best, *more) if chosen else (index, best)
 
 # %% ../../nbs/kernels/00_cam.ipynb #c790bbbd
 @torch.library.custom_op('bdnb::assign', mutates_args=())
@@ -419,37 +494,66 @@ def _heat_reference(vote, masks, pairs, B):
             heat[b:end, p:p + wide] = (votes @ m) / (n @ m).clamp(min=1)
     return heat.view(B, H, W)
 
+# %% ../../nbs/kernels/00_cam.ipynb #73e03dba
 if triton is not None:
     @triton.jit
-    def _heat_kernel(vote, masks, pairs, order, starts, heat, M, HW, blocks, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
-        "One block of pixels of one picture."
-        pid = tl.program_id(0)
-        b = (pid // blocks).to(tl.int64)
-        at = (pid % blocks)*BLOCK + tl.arange(0, BLOCK)
-        total, count = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    def _weights_kernel(vote, pairs, order, starts, sums, counts, M, columns, BM: tl.constexpr, BV: tl.constexpr):
+        "Of one picture: the sum of the votes that each of BM masks casts, and their number."
+        b, ms = tl.program_id(0).to(tl.int64), tl.program_id(1)*BM + tl.arange(0, BM)
+        total, count = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
         i, end = tl.load(starts + b), tl.load(starts + b + 1)
         while i < end:
-            p = tl.load(order + i)
-            if PAIRS: m = tl.load(pairs + 2*p + 1)
-            else: m = p % M
-            known = (m >= 0) & (m < M)
-            covered = tl.load(masks + m*HW + at, mask=at < tl.where(known, HW, 0), other=0).to(tl.float32)
-            total += covered*tl.where(known, tl.load(vote + p), float('nan'))
-            count += covered
-            i += 1
-        tl.store(heat + b*HW + at, total/tl.maximum(count, 1.), mask=at < HW)
+            at = i + tl.arange(0, BV)
+            p = tl.load(order + at, mask=at < end, other=0)
+            m, v = tl.load(pairs + 2*p + 1, mask=at < end, other=0), tl.load(vote + p, mask=at < end, other=0)
+            same = (m[:, None] == ms[None, :]) & (at < end)[:, None]
+            total += tl.sum(tl.where(same, v[:, None], 0.), 0) + tl.sum(tl.where((m < 0) | (m >= M), float('nan'), 0.), 0)
+            count += tl.sum(same.to(tl.float32), 0)
+            i += BV
+        tl.store(sums + b*columns + ms, total, mask=ms < columns)
+        tl.store(counts + b*columns + ms, count, mask=ms < columns)
 
+    @triton.jit
+    def _heat_kernel(weight, down, number, lower, masks, heat, B, M, HW, width, PAIRS: tl.constexpr, BB: tl.constexpr,
+                     BM: tl.constexpr, BN: tl.constexpr):
+        "Mean votes of BB pictures on BN pixels."
+        at, bs = tl.program_id(0)*BN + tl.arange(0, BN), tl.program_id(1)*BB + tl.arange(0, BB)
+        row = tl.minimum(bs, B - 1)
+        to = row.to(tl.int64)[:, None]*2*width + tl.arange(0, BM)[None, :]
+        total, count = tl.zeros((BB, BN), tl.float32), tl.zeros((BB if PAIRS else 1, BN), tl.float32)
+        for m in range(0, width, BM):
+            ms = m + tl.arange(0, BM)
+            covered = tl.load(masks + ms.to(tl.int64)[:, None]*HW + at[None, :], mask=(ms < M)[:, None] & (at < HW)[None, :],
+                              other=0) != 0
+            one = covered.to(tl.float16)
+            total = tl.dot(tl.load(weight + to + width + m), one, tl.dot(tl.load(weight + to + m), one, total))
+            if PAIRS: count = tl.dot(tl.load(number + to + width + m), one, tl.dot(tl.load(number + to + m), one, count))
+            else: count += tl.sum(covered.to(tl.float32), 0)[None, :]
+        total *= tl.load(down + row)[:, None]
+        if PAIRS: count *= tl.load(lower + row)[:, None]
+        tl.store(heat + bs.to(tl.int64)[:, None]*HW + at[None, :], total/tl.maximum(count, 1.),
+                 mask=(bs < B)[:, None] & (at < HW)[None, :])
+
+# %% ../../nbs/kernels/00_cam.ipynb #f11d2ea0
 def _heat_triton(vote, masks, pairs, B):
-    "Mean votes [B, H, W]: the kernel."
+    "Mean votes [B, H, W]: the kernels."
     M, H, W = masks.shape
-    heat = torch.empty(B, H, W, device=vote.device)
+    heat, columns, tuned = torch.empty(B, H, W, device=vote.device), max(M, 1), _TUNED['heat']
     if not heat.numel(): return heat
-    order, starts = _by_picture(pairs, B, M, vote.device)
-    blocks = triton.cdiv(H*W, 512)
+    if pairs is None and not M: return heat.zero_()
+    weight = number = vote.view(B, -1) if pairs is None else torch.empty(B, columns, device=vote.device)
     with torch.cuda.device_of(heat):
-        _heat_kernel[(B*blocks,)](
-            vote, masks.contiguous().view(torch.uint8), order if pairs is None else pairs.contiguous(), order, starts, heat,
-            M, H*W, blocks, PAIRS=pairs is not None, BLOCK=512, num_warps=4)
+        if pairs is not None:
+            order, starts = _by_picture(pairs, B, M, vote.device)
+            number = torch.empty_like(weight)
+            _weights_kernel[(B, triton.cdiv(columns, _TUNED['weights']['BM']))](
+                vote, pairs.contiguous(), order, starts, weight, number, M, columns, **_TUNED['weights'])
+        width = triton.cdiv(columns, tuned['BM'])*tuned['BM']
+        weight, down, _ = _split(weight, width)
+        number, lower, _ = (weight, down, None) if pairs is None else _split(number, width)
+        _heat_kernel[(triton.cdiv(H*W, tuned['BN']), triton.cdiv(B, tuned['BB']))](
+            weight, down, number, lower, masks.contiguous().view(torch.uint8), heat, B, M, H*W, width, PAIRS=pairs is not None,
+            **tuned)
     return heat
 
 # %% ../../nbs/kernels/00_cam.ipynb #db0b7826
