@@ -147,6 +147,21 @@ def test_assign(road, N, d, K, dtype):
     close(raw, (z.double() @ c.double().T).amax(1), 7*d*COSINE)
 
 
+@pytest.mark.parametrize('d', [512, 768, 2048])
+@pytest.mark.parametrize('noise', [0, 1])
+def test_long_sums(road, d, noise):
+    "Cosines near one, of many terms that are mostly of one sign: an adder that cuts off instead of rounding adds up its cuts."
+    c = centres(130, d)
+    own = torch.randint(130, (140,), generator=rng('own'))
+    z = 7*(c[own] + noise*torch.randn(140, d, generator=rng('noise', d))/d**.5)
+    exact, masks, base = exact_cosines(z, c), mask_bank(1, 2, 2), torch.ones(140)
+    index, best = assign(z.to(road), c.to(road))
+    votes = recluster_vote(z.to(road), c.to(road), own.to(road), base.to(road), masks.to(road))
+    assert torch.equal(index.cpu(), exact.argmax(1)) and torch.equal(votes.assigned, index)
+    close(best, exact.amax(1), COSINE)
+    close(votes.similarity, exact.gather(1, own[:, None])[:, 0], COSINE)
+
+
 def test_many_rows_take_larger_programs(road):
     z, c = features(2**13 + 5, 3), centres(2, 3)
     close(assign(z.to(road), c.to(road))[1], exact_cosines(z, c).amax(1), COSINE)

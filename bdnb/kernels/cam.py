@@ -22,13 +22,13 @@ _BLOCK = 2**22                                       # elements of a temporary t
 
 _TUNED = dict(                                       # tiles, warps and stages of the kernels: the fastest on an H200
     pack=dict(BLOCK=1024, num_warps=4),
-    views=dict(GROUP=32, num_warps=8),
+    views=dict(GROUP=16, num_warps=4),
     back=dict(BLOCK=512, num_warps=4),
     split=dict(ROWS=16, BLOCK=256, num_warps=8),
     nearest=dict(BP=128, BK=128, BD=64, num_warps=8, num_stages=3),
     vote=dict(BP=128, num_warps=4),
-    weights=dict(BM=64, BV=64, num_warps=4),
-    heat=dict(BB=64, BM=32, BN=128, num_warps=4, num_stages=3))
+    weights=dict(BM=32, BV=64, num_warps=4),
+    heat=dict(BB=64, BM=64, BN=128, num_warps=4, num_stages=2))
 
 def _interpreted(): return type(_views_kernel).__name__ == 'InterpretedFunction'
 
@@ -136,7 +136,7 @@ if triton is not None:
                 hidden = tl.load(masks + m*HW + pixel, mask=there, other=0) != 0
                 view = tl.where(hidden, 0., x*by + plus) + tl.where(known, 0., float('nan'))
             else: view = tl.where((word & (1 << i)) != 0, nothing, plain)
-            tl.store(out + (first + i)*3*HW + at, view.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + (first + i)*3*HW + at, view.to(out.dtype.element_ty), mask=inside, cache_modifier='.cs')
 else: _views_kernel = None
 
 # %% ../../nbs/kernels/00_cam.ipynb #0d9e0b4c
@@ -348,13 +348,11 @@ if triton is not None:
         live, ks, ds = rows < P, tile*BK + tl.arange(0, BK), tl.arange(0, BD)
         zs = z + tl.minimum(rows, P - 1)[:, None]*2*D + ds[None, :]
         cs = c + tl.minimum(ks, K - 1).to(tl.int64)[None, :]*2*D + ds[:, None]
-        s, rest = tl.zeros((BP, BK), tl.float32), tl.zeros((BP, BK), tl.float32)
+        s = tl.zeros((BP, BK), tl.float32)
         for d in range(0, D, BD):
             z0, c0, z1, c1 = tl.load(zs + d), tl.load(cs + d), tl.load(zs + D + d), tl.load(cs + D + d)
-            rest = tl.dot(z0, c1, rest)
-            s = tl.dot(z0, c0, s)
-            rest = tl.dot(z1, c0, rest)
-        s = (s + rest)*tl.load(down + ks, mask=ks < K, other=0)[None, :]
+            s += tl.dot(z0, c0, tl.dot(z1, c0, tl.dot(z0, c1)))         # from zero at every step: see above
+        s *= tl.load(down + ks, mask=ks < K, other=0)[None, :]
         if OWN:
             _, _, o = _own(pairs, own, rows, live, start, B, M, PAIRS)
             here = live & (o >= tile*BK) & (o < tl.minimum(tile*BK + BK, K))
