@@ -125,6 +125,13 @@ def test_views_backward(road, pairs):
     if road.type == 'cpu' or cam._on_kernel(leaf): assert torch.equal(got, again)
 
 
+def test_pictures_one_pixel_wide(road):
+    "Their last stride says nothing of where the next pixel is."
+    x, masks = pictures(2, 1, 5, torch.float32).transpose(2, 3), mask_bank(3, 5, 1)
+    assert x.is_contiguous() and x.stride(3) == 5
+    assert torch.equal(masked_views(x.to(road), masks.to(road)).cpu(), masked_views(x.clone().reshape(2, 3, 5, 1), masks))
+
+
 def features(N, d, dtype=torch.float32, *seed):
     return (torch.randn(N, d, generator=rng('features', *seed))*7).to(dtype)
 
@@ -162,9 +169,28 @@ def test_long_sums(road, d, noise):
     close(votes.similarity, exact.gather(1, own[:, None])[:, 0], COSINE)
 
 
-def test_many_rows_take_larger_programs(road):
-    z, c = features(2**13 + 5, 3), centres(2, 3)
-    close(assign(z.to(road), c.to(road))[1], exact_cosines(z, c).amax(1), COSINE)
+@pytest.mark.parametrize('paired', [False, True])
+def test_rows_chunk_by_chunk(road, paired, monkeypatch):
+    "What belongs to a view is found in the second and third chunk too."
+    monkeypatch.setattr(cam, '_CHUNK', 1)                                          # 128 rows
+    z, c, masks, own = features(262, 5), centres(3, 5), mask_bank(131, 2, 3).to(road), torch.tensor([2, 0])
+    pairs = torch.cartesian_prod(torch.arange(2), torch.arange(131)).flip(0).contiguous().to(road) if paired else None
+    votes = recluster_vote(z.to(road), c.to(road), own.to(road), torch.ones(2, device=road), masks, pairs)
+    exact = exact_cosines(z, c)
+    rows = own.repeat_interleave(131).flip(0) if paired else own.repeat_interleave(131)
+    assert votes.assigned.cpu().equal(exact.argmax(1)) and votes.changed.cpu().equal(exact.argmax(1) != rows)
+    close(votes.similarity, exact.gather(1, rows[:, None])[:, 0], COSINE)
+
+
+def test_many_masks(road):
+    "A sum over a thousand masks is as exact as over ten."
+    vote, masks = torch.rand(2, 1000, generator=rng('many votes')), mask_bank(1000, 3, 3)
+    z = torch.stack([1 - vote.flatten(), (1 - (1 - vote.flatten())**2).sqrt()], 1)            # a cosine of 1 - vote with the first
+    heat = recluster_vote(z.to(road), torch.eye(2, device=road), torch.zeros(2, dtype=torch.int64, device=road),
+                          torch.ones(2, device=road), masks.to(road)).heat
+    over = masks.flatten(1).double()
+    exact = (1 - exact_cosines(z, torch.eye(2))[:, 0]).view(2, -1) @ over/over.sum(0)
+    close(heat.flatten(1), exact, HEAT)
 
 
 def test_strided_features_and_wide_centroids(road):
@@ -190,6 +216,16 @@ def test_odd_features(road):
     z[3] = c[69]
     index, best = assign(z.to(road), c.to(road))
     assert index.tolist() == [0, 0, 0, 69] and best[0] == 0 and best[1:3].isnan().all() and abs(best[3] - 1) < COSINE
+
+
+def test_odd_centroids(road):
+    "A centroid that is no number is not passed over in silence. Without dimensions everything is at 0."
+    c = centres(70, 6)
+    c[66, 3] = float('nan')
+    index, best = assign(features(3, 6).to(road), c.to(road))
+    assert index.tolist() == [66]*3 and not best.isfinite().any()
+    index, best = assign(torch.ones(3, 0, device=road), torch.ones(2, 0, device=road))
+    assert index.tolist() == [0, 0, 0] and best.tolist() == [0, 0, 0]
 
 
 def exact_votes(z, c, own, base, masks, pairs, soft):
@@ -374,8 +410,8 @@ POINTERS = {'*u8': 'images masks changed', '*i64': 'pairs order starts own index
 def variants():
     "Kernels with what is constant in them, and the type of their result where it is not float32."
     kinds = dict(OWN=True, PAIRS=False)
-    for name, more, out in (('pack', {}, None), ('views', dict(PAIRS=True, LAST=True, BLOCK=2048), '*bf16'),
-                            ('views', dict(PAIRS=False, LAST=False, BLOCK=1024), '*fp32'), ('back', dict(PAIRS=True), '*fp32'),
+    for name, more, out in (('pack', {}, None), ('views', dict(PAIRS=True, LAST=True, BLOCK=1024), '*bf16'),
+                            ('views', dict(PAIRS=False, LAST=False, BLOCK=512), '*fp32'), ('back', dict(PAIRS=True), '*fp32'),
                             ('split', {}, None), ('nearest', kinds, None), ('nearest', dict(OWN=False, PAIRS=True), None),
                             ('vote', dict(kinds, SOFT=True, NORMALISE=True), None), ('weights', {}, None),
                             ('heat', dict(PAIRS=True), None), ('heat', dict(PAIRS=False), None)):

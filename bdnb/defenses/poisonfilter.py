@@ -133,24 +133,24 @@ class FilterRecipe:
     every:int=20             # steps between validations
     patience:int=10          # stop when so many F1 values in a row agree to the percent, after as many before them
     scale:tuple=(.2, 1.)     # area of the random crop
-    paste:tuple=(20/224, 79/224) # side of the paste, as a share of the picture's
-    margin:float=10/224      # between paste and border, likewise
+    paste:tuple=(20/60, 79/60) # side of the paste, as a share of the crop's
+    margin:float=10/224      # between paste and border, as a share of the picture's side
     colours:tuple=(.4, .4, .4, .1) # strength of the shifts of brightness, contrast, saturation and hue
     threshold:float=.5       # a picture whose probability is above it is taken for poisoned
 
     @staticmethod
     def quick(**changes)->'FilterRecipe':
         "For pictures of some dozen pixels."
-        return FilterRecipe(**dict(width=8, steps=200, lr=.05, paste=(.2, .34), margin=0., scale=(.4, 1.)) | changes)
+        return FilterRecipe(**dict(width=8, steps=200, lr=.05, paste=(.74, 1.26), margin=0., scale=(.4, 1.)) | changes)
 
 def training_batch(images, crops, poisoned, recipe, g):
     "Float [B, 3, S, S] in 0..1 and crops float [k, 3, w, w] -> augmented pictures; those that are `poisoned` carry a crop."
     B, _, S, _ = images.shape
     d = images.device
     x = random_crops(images, g, recipe.scale)
-    low, high = (max(3., v*S) for v in recipe.paste)
-    side = (low + torch.rand(B, generator=g)*(high - low)).round()
     m = round(recipe.margin*S)
+    low, high = (min(max(3., v*crops.shape[-1]), S - 2*m) for v in recipe.paste)
+    side = (low + torch.rand(B, generator=g)*(high - low)).round()
     top, left = ((m + torch.rand(B, generator=g)*(S - side - 2*m).clamp(min=0)).round() for _ in range(2))
     which = torch.randint(len(crops), (B,), generator=g).to(d)
     x = paste_scaled(x, crops, torch.where(poisoned, which, -1), side.to(d), top.to(d), left.to(d))

@@ -19,6 +19,7 @@ except ImportError: triton = None                    # no Triton for this system
 
 # %% ../../nbs/kernels/00_cam.ipynb #28e358d5
 _BLOCK = 2**22                                       # elements of a temporary that the references allow themselves
+_CHUNK = 2**23               # numbers of features that are split at a time
 
 _TUNED = dict(                                       # tiles, warps and stages of the kernels: the fastest on an H200
     pack=dict(BLOCK=1024, num_warps=4),
@@ -114,7 +115,7 @@ if triton is not None:
         inside = at < 3*HW
         pixel, channel = (at // 3, at % 3) if LAST else (at % HW, at // HW)
         by, plus = tl.load(scale + channel, mask=inside, other=0), tl.load(shift + channel, mask=inside, other=0)
-        from_picture = channel*channel_step + pixel*pixel_step
+        from_picture = channel.to(tl.int64)*channel_step + pixel.to(tl.int64)*pixel_step
         nothing = tl.zeros((BLOCK,), out.dtype.element_ty)
         if PAIRS:
             first = group.to(tl.int64)*GROUP
@@ -143,7 +144,7 @@ else: _views_kernel = None
 def _flat_pixels(images):
     "The pictures with their pixels evenly spaced, and the steps from picture, channel and pixel to the next."
     if images.stride(2) != images.shape[3]*images.stride(3): images = images.contiguous()
-    return images, images.stride(0), images.stride(1), images.stride(3)
+    return images, images.stride(0), images.stride(1), images.stride(3 if images.shape[3] > 1 else 2)
 
 def _views_triton(images, masks, pairs, scale, shift, out):
     "Fill `out`: the kernel of `masked_views`."
@@ -194,7 +195,7 @@ if triton is not None:
             else: m = p % M
             known = (m >= 0) & (m < M)
             hidden = tl.load(masks + m*HW + at, mask=at < tl.where(known, HW, 0), other=0) != 0
-            g = tl.load(grad + p*view_step + c*channel_step + at*pixel_step, mask=at < HW, other=0).to(tl.float32)
+            g = tl.load(grad + p*view_step + c*channel_step + at.to(tl.int64)*pixel_step, mask=at < HW, other=0).to(tl.float32)
             total += tl.where(hidden, 0., g) + tl.where(known, 0., float('nan'))
             i += 1
         tl.store(out + plane*HW + at, (total*tl.load(scale + c)).to(out.dtype.element_ty), mask=at < HW)
@@ -357,7 +358,7 @@ if triton is not None:
             _, _, o = _own(pairs, own, rows, live, start, B, M, PAIRS)
             here = live & (o >= tile*BK) & (o < tl.minimum(tile*BK + BK, K))
             tl.store(mine + rows, tl.sum(tl.where(ks[None, :] == o[:, None], s, 0.), 1), mask=here)
-        s = tl.where((ks < K)[None, :], s, float('-inf'))
+        s = tl.where((ks < K)[None, :], tl.where(s == s, s, float('inf')), float('-inf'))     # a broken centroid shows
         top = tl.max(s, 1)
         tl.store(high + tile.to(tl.int64)*P + rows, top, mask=live)
         tl.store(first + tile.to(tl.int64)*P + rows, tl.min(tl.where(s == top[:, None], ks[None, :], K), 1), mask=live)
@@ -422,9 +423,9 @@ def _nearest_triton(
     new = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device=features.device)
     index, best = new(torch.int64, P), new(torch.float32, P)
     more = [new(t, P if chosen else 0) for t in (torch.float32, torch.bool, torch.float32)]
-    features, width, tiles = features.contiguous(), triton.cdiv(D, tuned['BD'])*tuned['BD'], triton.cdiv(K, tuned['BK'])
+    features, width, tiles = features.contiguous(), max(1, triton.cdiv(D, tuned['BD']))*tuned['BD'], triton.cdiv(K, tuned['BK'])
     own, base = (own.contiguous(), base.float().contiguous()) if chosen else (index, best)   # not wanted: some pointer, unread
-    step = max(1, 2**23 // width // 128)*128
+    step = max(1, _CHUNK // width // 128)*128
     with torch.cuda.device_of(features):
         c, down, _ = _split(centroids.contiguous(), width)
         for i in range(0, P, step):
@@ -524,7 +525,7 @@ if triton is not None:
             covered = tl.load(masks + ms.to(tl.int64)[:, None]*HW + at[None, :], mask=(ms < M)[:, None] & (at < HW)[None, :],
                               other=0) != 0
             one = covered.to(tl.float16)
-            total = tl.dot(tl.load(weight + to + width + m), one, tl.dot(tl.load(weight + to + m), one, total))
+            total += tl.dot(tl.load(weight + to + m), one, tl.dot(tl.load(weight + to + width + m), one))
             if PAIRS: count = tl.dot(tl.load(number + to + width + m), one, tl.dot(tl.load(number + to + m), one, count))
             else: count += tl.sum(covered.to(tl.float32), 0)[None, :]
         total *= tl.load(down + row)[:, None]
