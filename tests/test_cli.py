@@ -545,10 +545,11 @@ def test_no_command_that_is_shown_is_refused(run, tmp_path, monkeypatch):
     def made(*a, **k): raise BdnbError('everything was accepted')
     for name in ('study.tour', 'ssl_study.ssl_tour', 'classifier_study.classifier_tour', 'cli._tour_pictures'):
         monkeypatch.setattr(f'bdnb.{name}', made)
-    monkeypatch.chdir(tmp_path)
     found = {c: name for name, c in shown_commands()}.items()
     assert len(found) > 30 and sum(c.startswith('bdnb tour') for c, _ in found) > 20
-    for command, name in found:
+    for i, (command, name) in enumerate(found):
+        (tmp_path/str(i)).mkdir()
+        monkeypatch.chdir(tmp_path/str(i))                             # what the command before it made is not here either
         words = shlex.split(command, comments=True)[1:]
         said = run(words)
         if words[0] == 'tour': assert 'everything was accepted' in said.err, (name, command, said.err)
