@@ -23,7 +23,7 @@ _CHUNK = 2**23               # numbers of features that are split at a time
 
 _TUNED = dict(                                       # tiles, warps and stages of the kernels: the fastest on an H200
     pack=dict(BLOCK=1024, num_warps=4),
-    views=dict(GROUP=16, num_warps=4),
+    views=dict(GROUP=16, num_warps=4),                 # GROUP divides the 32 masks of a word
     back=dict(BLOCK=512, num_warps=4),
     split=dict(ROWS=16, BLOCK=256, num_warps=8),
     nearest=dict(BP=128, BK=128, BD=64, num_warps=8, num_stages=3),
