@@ -13,7 +13,7 @@ seed and poison classifier, so that only the search differs:
 - PoisonCAM full: masks, every picture of the set examined, every crop on all test pictures
 - PoisonCAM: sequential scoring and more search where the score is high; one size of window and one number of clusters, where the
   default may look again with fewer clusters
-- PoisonCAM, fast: with coarse-to-fine masks and a second look
+- PoisonCAM, fast: with coarse-to-fine masks
 
 Columns: share of *all* poisons whose window covers half of the trigger (localisation; all are localised, also those that a search
 never examined, outside of the clock), the same over the poisons that it did examine, precision of the twenty best scores, recall
@@ -56,7 +56,7 @@ RELEASED, REPAIRED, FINE = 'patchsearch as released', 'patchsearch repaired', 'p
 FULL, OURS, FAST = 'poisoncam full', 'poisoncam', 'poisoncam fast'
 SIDES = {RELEASED: (PatchSearch, dict(as_released=True)), REPAIRED: (PatchSearch, {}), FINE: (PatchSearch, dict(layer='layer2')),
          FULL: (PoisonCAM, dict(search='all', sequential=False)), OURS: (PoisonCAM, {}),
-         FAST: (PoisonCAM, dict(masks='coarse', confirm=128))}
+         FAST: (PoisonCAM, dict(masks='coarse'))}
 
 
 def settings_of(text):

@@ -156,7 +156,7 @@ class PoisonCAM:
     sequential:bool=True        # a first look before the full score
     look:int=32                 # test pictures of the first look (ours)
     pass_above:int=2            # pictures that it must move (ours)
-    confirm:int=None            # test pictures of a second look, the last for crops far from `evidence`; then doublings (ours)
+    confirm:int=128             # test pictures of a second look, the last for crops far from `evidence`; then doublings (ours)
     search:str='adaptive'       # PatchSearch's pruning; 'adaptive': then more from clusters that score high (ours); or 'all'
     per_round:int=2             # pictures a cluster and round (PatchSearch s)
     prune:float=.25             # share of clusters dropped a round (PatchSearch r)
