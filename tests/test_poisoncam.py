@@ -21,6 +21,7 @@ from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Scan
 from bdnb.defenses.poisoncam import (INNOCENTS, WINDOWS, Located, PoisonCAM, Search, cluster_counts, mask_bank, masked_features,
                                      masked_probability, miss_bound)
 from bdnb.defenses.poisonfilter import FilterEnsemble, FilterRecipe, poison_probability
+from bdnb.models.checkpoint import read_header
 from bdnb.models.encoders import Encoder, create_encoder, save_encoder
 from bdnb.ssl_study import make_ssl_study
 
@@ -55,9 +56,9 @@ def pile(n=200, every=10, colours=((255, 0, 0),), seed=0):
     return ArrayCorpus(images), truth, boxes
 
 
-def scan(corpus, **options):
+def scan(corpus, out=None, **options):
     how = dict(clusters=2, tests=64, search='all', filter=quick) | options
-    return PoisonCAM(**how).scan(corpus, encoder(), quiet=True)
+    return PoisonCAM(**how).scan(corpus, encoder(), out, quiet=True)
 
 
 def test_the_command_looks_through_the_windows_that_are_said():
@@ -198,6 +199,16 @@ def test_a_second_look_saves_the_rest_of_the_test_pictures():
     everyone = 100 + int(truth.sum())                               # test pictures: the red cluster has no more
     assert saved == (everyone - 64)*int(truth.sum()) and set(short.top(20).tolist()) == set(truth.nonzero()[:, 0].tolist())
     assert (short.score[truth] - whole.score[truth]).abs().max() < .2 and short.score[~truth].equal(whole.score[~truth])
+
+
+def test_what_a_scan_keeps_names_the_poison_classifiers_numbers(tmp_path, monkeypatch):
+    def marks(recipe): # a scan that leaves them to the code, in one folder: what its files say that they depend on
+        monkeypatch.setattr(FilterRecipe, 'quick', staticmethod(lambda: recipe))
+        found = scan(pile()[0], filter=None, out=tmp_path)
+        assert found.evidence['settings']['filter'] == asdict(recipe)
+        return {read_header(p)['fingerprint'] for p in tmp_path.glob('*.safetensors')}
+    before = marks(quick)
+    assert len(before) == 1 and marks(quick) == before and not marks(replace(quick, paste=(.5, .9))) & before
 
 
 def judged(monkeypatch, *offers, rows=4, **options):

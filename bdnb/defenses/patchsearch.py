@@ -7,7 +7,7 @@ __all__ = ['target_layer', 'as_grid', 'grad_cam', 'l2_assign', 'lloyd', 'PatchSe
 
 # %% ../../nbs/defenses/02_patchsearch.ipynb #ba9173e9
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 import numpy as np
 import torch
@@ -120,6 +120,10 @@ class PatchSearch:
             v = getattr(self, name)
             if v < 1: raise BdnbError(f'patchsearch: {name}={v} must be 1 or more')
 
+    def recipe(self, size:int)->FilterRecipe:
+        "The poison classifier's published numbers; for small pictures with fewer channels and steps."
+        return self.filter or (FilterRecipe(width=16, steps=300, lr=.05) if size < 64 else FilterRecipe())
+
     def scan(self, corpus, # any corpus; labels are not looked at
              encoder, # `Encoder`
              out=None, # folder: finished stages are kept there, and a killed scan goes on
@@ -132,7 +136,7 @@ class PatchSearch:
         always found, as in the published method. Raises `BdnbError` for bad options or too few pictures."""
         pictures = corpus.cache(encoder.image_size, budget_bytes=budget_bytes, progress=not quiet)
         if len(pictures) < 8: raise BdnbError(f'{corpus.name}: {len(pictures)} pictures are too few to cluster; give 8 or more')
-        settings = {k: asdict(v) if isinstance(v, FilterRecipe) else v for k, v in vars(self).items()}
+        settings = asdict(replace(self, filter=self.recipe(encoder.image_size)))
         mark = contents(pictures.images, pictures.keys, encoder, dict(settings, method='patchsearch'))
         stages = Scan(out, mark, share, None, quiet, writer)
         device = torch.device(device) if device is not None else next(encoder.parameters()).device
@@ -189,7 +193,3 @@ class PatchSearchRun(Search):
         "Best first, pictures that were not examined as 0; as released, ties in the order of an unstable sort."
         if not self.how.as_released: return super().ranking(score)
         return torch.from_numpy(np.argsort(score.nan_to_num(0.).numpy())[::-1].copy())
-
-    def quick(self):
-        "The published recipe; for small pictures with fewer channels and steps."
-        return FilterRecipe(width=16, steps=300, lr=.05) if self.encoder.image_size < 64 else FilterRecipe()

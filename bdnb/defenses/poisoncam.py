@@ -198,7 +198,7 @@ def _scan(self:PoisonCAM, corpus, # any corpus; labels are not looked at
     "Look for a patch trigger. Raises `BdnbError` for too few pictures, or an encoder that gives no finite features."
     pictures = corpus.cache(encoder.image_size, budget_bytes=budget_bytes, progress=not quiet)
     if len(pictures) < 8: raise BdnbError(f'{corpus.name}: {len(pictures)} pictures are too few to cluster; give 8 or more')
-    settings = {k: v if not isinstance(v, FilterRecipe) else asdict(v) for k, v in vars(self).items()}
+    settings = asdict(replace(self, filter=self.recipe(encoder.image_size)))     # what is kept was made with these numbers
     stages = Scan(out, contents(pictures.images, pictures.keys, encoder, settings), share, None, quiet, writer)
     device = torch.device(device) if device is not None else next(encoder.parameters()).device
     with measuring(encoder.to(device)): found = Search(self, pictures, encoder, stages, device).findings()
@@ -206,7 +206,11 @@ def _scan(self:PoisonCAM, corpus, # any corpus; labels are not looked at
     found.evidence.update(skipped=[list(s) for s in pictures.skipped], settings=settings)
     return found
 
-PoisonCAM.scan = _scan
+def _recipe(self:PoisonCAM, size:int)->FilterRecipe:
+    "The poison classifier's numbers for pictures of so many pixels."
+    return self.filter or (FilterRecipe.quick() if size < 64 else FilterRecipe())
+
+PoisonCAM.scan, PoisonCAM.recipe = _scan, _recipe
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #fd843fc3
 class Search:
@@ -518,15 +522,13 @@ def _findings(self:Search)->Findings:
 def _heat(self:Search, rows)->torch.Tensor: # float [n, S, S] on the CPU
     return torch.cat([self.locate(p).heat.cpu() for p in rows.split(8)])
 
-def _quick(self:Search): return FilterRecipe.quick() if self.encoder.image_size < 64 else FilterRecipe()
-
 def _ranking(self:Search, score)->torch.Tensor: # int64 [N]
     "Best first; a picture that was not examined counts as 0, and of equals the first comes first."
     return score.nan_to_num(0.).sort(descending=True, stable=True).indices
 
 Search.look, Search.findings, Search.heat = _look, _findings, _heat
-Search.quick, Search.ranking = _quick, _ranking
-Search.recipe = property(lambda self: self.how.filter or self.quick())            # of the poison classifier
+Search.ranking = _ranking
+Search.recipe = property(lambda self: self.how.recipe(self.encoder.image_size))    # of the poison classifier
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #bae5ec40
 def _learn(self:Search, proof, score, window)->dict: # the networks' weights, by name
