@@ -549,7 +549,17 @@ def _bcu_options(o):
     if o['scale'] not in (None, 'auto'):
         try: given['scale'] = float(o['scale'])
         except ValueError: raise BdnbError(f"--scale {o['scale']!r}: needs a number, or auto") from None
+    if o['ratios'] is not None: given['ratios'] = _ratios(o['ratios'])
     return given
+
+def _ratios(text):
+    "'stage4=.3,head=.1' -> shares by stage or layer."
+    pairs = [w.partition('=') for w in _names(text)]
+    try: found = {k: float(v) for k, _, v in pairs}
+    except ValueError: found = {}
+    if not found or '' in found:
+        raise BdnbError(f'--ratios {text!r}: needs layers and shares with commas between, such as head=.1')
+    return found
 
 def _channels(option, text):
     "Three numbers with commas between, or None."
@@ -636,6 +646,7 @@ def cleanse(checkpoint:_O.checkpoint, data:_option(str, '--data', help='Clean pi
             clip_weight:_option(float, '--clip-weight', min=0, help='Weight of the cross-modal loss.')=None,
             inmodal_weight:_option(float, '--inmodal-weight', min=0, help='Weight of the in-modal loss.')=None,
             scale:_option(str, '--scale', help='Method bcu: size of the reset, a number or auto.')=None,
+            ratios:_option(str, '--ratios', help='Method bcu: shares to reset, by stage or layer: stage4=.3,head=.1')=None,
             classes:_option(str, '--classes', help='Method bcu: names or number, where the file does not say them.')=None,
             width:_option(int, '--width', min=1, help='And the width of the network.')=None, size:_O.size=None,
             mean:_option(str, '--mean', help='And the mean of its pictures in 0..1: .485,.456,.406')=None,
@@ -648,7 +659,7 @@ def cleanse(checkpoint:_O.checkpoint, data:_option(str, '--data', help='Clean pi
     check_choice('--method', method, ['cleanclip', 'finetune', 'bcu'])
     if method == 'bcu': return _unlabelled(options)
     if data is None: raise BdnbError(f'--data: method {method!r} needs clean pictures with captions; or --method bcu --images')
-    refuse(options, 'images scale classes width size mean std', 'only for --method bcu')
+    refuse(options, 'images scale ratios classes width size mean std', 'only for --method bcu')
     refuse(options, 'trigger target plan probe', _NO_TEST, test is None)
     from bdnb.models.checkpoint import load_checkpoint
     check_learning(schedule, precision)
@@ -695,12 +706,13 @@ def evaluate(checkpoint:_O.checkpoint, corpus:_O.corpus, trigger:_O.trigger=None
     ended(page, test.skipped)
 
 # %% ../nbs/app/02_cli.ipynb #d5524d6c
-def _encoder(checkpoint, train, architecture, pictures, out, quiet, seed, device, team):
-    "The encoder of a file, or one trained on the pictures into `out`. `BdnbError` when `out` holds an encoder of another run."
+def _encoder(checkpoint, train, network, pictures, out, quiet, seed, device, team):
+    """The encoder of a file, with what `network` says of it, or one trained on the pictures into `out`.
+
+    `BdnbError` when `out` holds an encoder of another run."""
     from bdnb.models.encoders import load_encoder, save_encoder
     if (checkpoint is None) == (train is None): raise BdnbError('give either --encoder CHECKPOINT or --train METHOD')
-    if checkpoint is not None: return load_encoder(checkpoint, architecture).eval()
-    if architecture is not None: raise BdnbError('--model is for --encoder; what --train trains is fixed by its name')
+    if checkpoint is not None: return load_encoder(checkpoint, **network).eval()
     from bdnb.defenses.findings import contents
     from bdnb.models.checkpoint import read_header
     from bdnb.objectives.ssl import train_encoder
@@ -737,7 +749,11 @@ def _usual_batch(size):
 @app.command()
 def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of the encoder that was trained on the corpus.')=None,
          train:_option(str, '--train', help='Train one instead: moco, simclr, byol, mocov3 (small, 32 px).')=None,
-         model:_O.architecture=None,
+         model:_option(str, '--model', help='Architecture, where the file does not say it: resnet18/small, vit_small, ...')=None,
+         width:_option(int, '--width', min=1, help='And the width of the network.')=None,
+         size:_option(int, '--size', min=1, help='And the side of its pictures; by default 224.')=None,
+         mean:_option(str, '--mean', help='And the mean of its pictures in 0..1: .485,.456,.406')=None,
+         std:_option(str, '--std', help='And their standard deviation.')=None,
          out:_option(Path, '--out', '-o', help='Folder for findings; a killed scan goes on.')=Path('runs/scan'),
          window:_option(str, '--window', help="Side of the window, a share of the picture's; several: in order.")='.27,.36',
          clusters:_option(str, '--clusters', help='How many, or several; by default one for 100, from 1,500 on also fewer.')=None,
@@ -745,11 +761,14 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
          batch_size:_option(int, '--batch-size', min=1, help='Pictures in one pass; by default what fits their size.')=None,
          seed:_O.seed=0, device:_O.device=None, quiet:_O.quiet=False):
     "Find poisoned pictures in a corpus (PoisonCAM): findings, a clean list, a report."
+    options = dict(locals())
     from dataclasses import replace
     from functools import lru_cache
     from bdnb.data.doors import open_corpus
     from bdnb.defenses.poisoncam import PoisonCAM
     from bdnb.scan import scan_corpus, shared_pictures
+    refuse(options, 'model width size mean std', 'is for --encoder; what --train trains is fixed by its name', encoder is None)
+    network = dict(name=model, width=width, image_size=size, mean=_channels('--mean', mean), std=_channels('--std', std))
     counts = None if clusters is None else tuple(_whole_numbers('--clusters', clusters))
     if counts is not None and min(counts, default=0) < 2: raise BdnbError(f'--clusters {clusters!r}: needs numbers from 2 on')
     if counts and len(counts) == 1: counts = counts[0]
@@ -764,7 +783,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
     pictures = lru_cache(lambda size: shared_pictures(pile, size, team, quiet))
     where = pick_device(device, learns=train is not None)
     with tidy(out):
-        net = _encoder(encoder, train, model, pictures, out, quiet, seed, device, team)
+        net = _encoder(encoder, train, network, pictures, out, quiet, seed, device, team)
         if batch_size is None: detector = replace(detector, batch=_usual_batch(net.image_size))
         found = scan_corpus(pictures(net.image_size), net, out, detector, command_line(), quiet, where, corpus, team)
     if team: team.close()

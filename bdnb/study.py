@@ -238,8 +238,9 @@ NAMES = {'none': 'no defence', 'finetune': 'fine-tuning', 'cleanclip': 'CleanCLI
 
 def say_system(system)->str:
     "The usual name of a system, whatever its pool."
-    name, on, pool = system.partition(' on ')
-    return NAMES.get(name, name) + on + pool
+    system, on, pool = system.partition(' on ')
+    name, _, options = system.partition(':')
+    return NAMES.get(name, name) + (f", {options.replace(',', ', ')}" if options else '') + on + pool
 
 def defence_table(rows, # of `tour`, or of a results file
                   pair=('ca', 'asr'), # two metrics, shown as "first / second" in per cent

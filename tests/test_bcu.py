@@ -13,7 +13,7 @@ from bdnb.data.shapes import ShapeCaps
 from bdnb.defenses.bcu import (BCU, RATIOS, SMALL_SCALE, Recovered, agreement, chance_agreement, hold_out, largest_scale,
                                plan_released, plan_reset, reset_weights, route, stage_totals)
 from bdnb.models.classifiers import Classifier, classifier_logits, create_classifier
-from bdnb.objectives.distill import Distillation, kd_loss, temperature, drawn_view
+from bdnb.objectives.distill import Distillation, ask, drawn_view, kd_loss, temperature
 
 torch.set_num_threads(1)
 NETS = {'resnet18': 8, 'preactresnet18': 8, 'vgg11': 8, 'vgg16': 8, 'wrn16': 16, 'vit': 32}
@@ -286,6 +286,14 @@ def test_known_answers_and_asking_again_teach_the_same(pool):
     for k, v in state(once).items(): assert torch.allclose(v.float(), state(again)[k].float(), atol=1e-4), k
     half = quick(epochs=1, half_teacher=True, ask_once=False).cleanse(slim(), pool, quiet=True, device='cpu')
     assert half.history.last('kd') > 0
+
+
+def test_a_teacher_in_half_precision_answers_so_whether_or_not_it_is_asked_once(pool):
+    teacher = slim().eval()
+    whole, half = (quick(half_teacher=h).known(teacher, pool) for h in (False, True))
+    asked = ask(teacher, pool.images, half=True)
+    assert half.dtype == torch.float32 and not half.equal(whole)
+    assert torch.allclose(half, asked, atol=2e-2*float(whole.abs().max())) and torch.allclose(half, whole, rtol=0, atol=.1)
 
 
 class Stop(Exception): pass

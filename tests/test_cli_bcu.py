@@ -162,6 +162,9 @@ mistakes = {
     'no device': ('{bcu} --device meta', ["--device 'meta'"]),
     'target': (f'{{bcu}} --test {test} --trigger badnet --target sta', ["'sta'"]),
     'trigger without a target': (f'{{bcu}} --test {test} --trigger badnet', ['--target']),
+    'shares that are no numbers': ('{bcu} --ratios head', ['--ratios', 'head=.1']),
+    'shares of no layer': ('{bcu} --scale 1 --ratios haed=.1', ["no stage or layer 'haed'", 'head']),
+    'shares elsewhere': ('{model} --method finetune --data shapes --ratios head=.1', ['--ratios', 'only for --method bcu']),
     'learning rate': ('{bcu} --lr nan', ['--lr']),
     'diverged': ('{bcu} --scale 1 --lr 1e30 --epochs 3', ['lower learning rate'])}
 
@@ -186,8 +189,11 @@ def test_a_network_without_a_route_lists_its_layers(files, run, tmp_path, monkey
     from bdnb.models.classifiers import Classifier
     monkeypatch.setattr('bdnb.defenses.bcu_encoders.load_any', lambda path, **given: Classifier(Odd(), 'odd', 12))
     code, out, err = run(f'cleanse {files}/model.safetensors --method bcu --images {files}/pictures {quick} --out {tmp_path}/run')
-    assert code == 2 and err.count('\n') == 1 and 'odd: no routing by depth' in err and 'ratios=' in err and 'a, b' in err, err
+    assert code == 2 and err.count('\n') == 1 and 'odd: no routing by depth' in err and '--ratios b=.1' in err and 'a, b' in err, err
     assert not (tmp_path/'run').exists()
+    code, out, err = run(f'cleanse {files}/model.safetensors --method bcu --images {files}/pictures {quick} --scale 1 '
+                         f'--ratios a=.5,b=.1 --out {tmp_path}/run')                                 # what it advises helps
+    assert code == 0 and read_json(tmp_path/'run'/'config.json')['options']['ratios'] == str({'a': .5, 'b': .1}), err
 
 
 small = '--n 96 --test-n 48 --clean-n 60 --epochs 1 --batch-size 32 -q'

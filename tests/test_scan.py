@@ -207,6 +207,33 @@ def test_a_damaged_picture_is_named_counted_and_skipped(tmp_path, tiny):
     assert len(open_corpus(said['clean'])) == 30 and said['clean'] in out
 
 
+def test_an_encoder_that_says_nothing(tmp_path):
+    "A bare state dict with torchvision's names is the same encoder as the file that says everything."
+    pile, net = fill(tmp_path/'pile', 24, 6, broken=False), create_encoder('resnet10/small', 4, 32, 1, (.5, .4, .3), (.2, .25, .3))
+    save_encoder(net, tmp_path/'e.safetensors')
+    tensors = {f"backbone.{k.replace('shortcut', 'downsample')}": v for k, v in net.net.state_dict().items()}
+    torch.save({'state_dict': tensors}, tmp_path/'e.pt')
+    command = lambda out, *more: run('scan', f'folder:{pile}', '--out', tmp_path/out, '--clusters', 2, '--search', 'all', '-q', *more)
+    bare = '--encoder', tmp_path/'e.pt', '--model', 'resnet10/small', '--width', 4, '--size', 32
+    code, _, err = command('a', '--encoder', tmp_path/'e.safetensors')
+    assert code == 0, err
+    code, _, err = command('b', *bare, '--mean', '.5,.4,.3', '--std', '.2,.25,.3')
+    assert code == 0 and 'does not say' not in err, err
+    assert (tmp_path/'a'/'findings.csv').read_bytes() == (tmp_path/'b'/'findings.csv').read_bytes()
+    code, _, err = command('c', *bare)
+    assert code == 0 and 'e.pt: does not say which pictures it reads; taken: mean (0.485' in err and 'size' not in err, err
+    assert read_json(tmp_path/'c'/'scan.json')['image_size'] == 32
+
+
+@pytest.mark.parametrize('option, value, why', [
+    ('--size', 32, 'is for --encoder'), ('--width', 4, 'is for --encoder'), ('--mean', '0,0,0', 'is for --encoder'),
+    ('--std', '1,1,1', 'is for --encoder'), ('--model', 'resnet18', 'is for --encoder'), ('--mean', '0,0', 'three numbers')])
+def test_what_is_trained_needs_no_description(tmp_path, tiny, option, value, why):
+    source = ('--encoder', tiny) if why == 'three numbers' else ('--train', 'moco')
+    code, _, err = run('scan', f'folder:{tmp_path}', *source, '--out', tmp_path/'scan', option, value)
+    assert code == 2 and err.startswith(f'bdnb: error: {option}') and why in err and err.count('\n') == 1, err
+
+
 @pytest.mark.slow
 def test_train_first_and_not_twice(tmp_path):
     "`--train`: an encoder is trained into the folder, used again by the same command, refused to another."

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..core import BdnbError, did_you_mean, hash_uniform, read_json, rng, write_json
-from . import patches                                 # registers patch and ctrl
+from . import inputaware, lowfrequency, patches, ssba     # each registers its triggers
 from .triggers import TRIGGERS, Trigger, make_trigger, seeds_from_keys
 from ..data.corpus import ArrayCorpus
 from ..data.text import plain_name, word_pattern

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'CROSS', 'SUPERVISED_ATTACKS', 'moved', 'moved_mirrored', 'labelled', 'victim', 'batches_of',
-           'train_classifier', 'pgd', 'WaNetNoise', 'Recipe', 'list_supervised_attacks', 'SupervisedAttack', 'replaced',
-           'harden', 'cover_rows', 'add_cover', 'train_surrogate', 'make_supervised_attack', 'Attacked', 'joint_shares',
+           'train_classifier', 'pgd', 'Recipe', 'list_supervised_attacks', 'SupervisedAttack', 'replaced', 'harden',
+           'cover_rows', 'add_cover', 'train_surrogate', 'make_supervised_attack', 'Attacked', 'joint_shares',
            'train_input_aware', 'attack_classifier']
 
 # %% ../../nbs/attacks/10_supervised.ipynb #685e73b7
@@ -19,7 +19,7 @@ from . import ssba
 from .inputaware import InputAwareObjective, Joint, MaskObjective
 from .lowfrequency import LowFrequency, learn_low_frequency
 from .poisoning import Poisoned, Poisoning, _stamp, choose_rows
-from .triggers import Trigger, WaNet, make_trigger, picture_uri, register_trigger, seeds_from_keys
+from .triggers import Trigger, WaNet, WaNetNoise, make_trigger, picture_uri, seeds_from_keys
 from ..core import BdnbError, derive_seed, did_you_mean, hash_uniform, rng, write_json
 from ..data.batches import Batches
 from ..data.corpus import ArrayCorpus
@@ -104,17 +104,6 @@ def pgd(model:Classifier, # clean; stays as it is
             change = ((x*255).round() - whole.float()).clamp(-reach, reach)
             made.append((whole.float() + change).to(torch.uint8).cpu())
     return torch.cat(made) if made else images
-
-# %% ../../nbs/attacks/10_supervised.ipynb #d0e40354
-@register_trigger('wanet_noise', "WaNet's noise mode, arXiv:2102.10369")
-@dataclass(frozen=True, repr=False)
-class WaNetNoise(WaNet):
-    "The warp of 'wanet' with a jitter of each pixel on top, drawn anew for every picture."
-    def paint(self, x, seeds):
-        H, W = x.shape[-2:]
-        u = hash_uniform(seeds, 2*H*W).view(-1, H, W, 2).to(x)*2 - 1
-        grid = (self.grid(H, W).to(x) + u/torch.tensor([W, H]).to(x)).clamp(-1, 1)
-        return F.grid_sample(x, grid, mode='bilinear', padding_mode='border', align_corners=True) if len(x) else x.clone()
 
 # %% ../../nbs/attacks/10_supervised.ipynb #15ad34fd
 CROSS = torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.uint8).mul(255).expand(3, 3, 3).contiguous()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIGGERS', 'MIN_PATCH', 'PLACES', 'wrap_bytes', 'seeds_from_keys', 'Trigger', 'pixels', 'register_trigger',
            'make_trigger', 'list_triggers', 'picture_uri', 'paste', 'BadNet', 'kitten', 'Blended', 'SIG', 'warp_field',
-           'WaNet', 'Stripes']
+           'WaNet', 'WaNetNoise', 'Stripes']
 
 # %% ../../nbs/attacks/00_triggers.ipynb #8cbd60ae
 import base64, io, math, re
@@ -423,6 +423,17 @@ class WaNet(Trigger):
 
     def paint(self, x, seeds):
         grid = self.grid(*x.shape[-2:]).to(x).expand(len(x), -1, -1, -1)
+        return F.grid_sample(x, grid, mode='bilinear', padding_mode='border', align_corners=True) if len(x) else x.clone()
+
+# %% ../../nbs/attacks/00_triggers.ipynb #957adeb1
+@register_trigger('wanet_noise', "WaNet's noise mode, arXiv:2102.10369")
+@dataclass(frozen=True, repr=False)
+class WaNetNoise(WaNet):
+    "The warp of 'wanet' with a jitter of each pixel on top, drawn anew for every picture."
+    def paint(self, x, seeds):
+        H, W = x.shape[-2:]
+        u = hash_uniform(seeds, 2*H*W).view(-1, H, W, 2).to(x)*2 - 1
+        grid = (self.grid(H, W).to(x) + u/torch.tensor([W, H]).to(x)).clamp(-1, 1)
         return F.grid_sample(x, grid, mode='bilinear', padding_mode='border', align_corners=True) if len(x) else x.clone()
 
 # %% ../../nbs/attacks/00_triggers.ipynb #9b42877e

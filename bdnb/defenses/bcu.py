@@ -82,8 +82,9 @@ def route(model)->list: # (layer name, stage name), in calling order
     answers = getattr(last, 'out_features', getattr(last, 'out_channels', None))
     if len(found) < 3 or head and answers != C:
         why = f"its last layer does not give the {C} logits" if len(found) >= 3 else "it has fewer than three layers"
+        some = names[-1] if names else 'layer'
         raise BdnbError(f"{model.name}: no routing by depth, {why}. Say what to reset by layer name, e.g. "
-                        f"ratios={{'{names[-1] if names else 'layer'}': .1}}. Layers: {', '.join(names) or 'none'}")
+                        f"ratios={{'{some}': .1}} (--ratios {some}=.1). Layers: {', '.join(names) or 'none'}")
     body = stage_numbers([side for _, _, side in (found[1:-1] if head else found[1:])])
     return list(zip(names, ['stem', *[f'stage{k}' for k in body], *(['head'] if head else [])]))
 
@@ -281,7 +282,9 @@ class BCU:
 # %% ../../nbs/defenses/04_bcu.ipynb #f70c1e60
 def _known(self:BCU, teacher, corpus): # float [N, C], or None
     "The teacher's answers to the pool, where they can be kept."
-    return self.answers(teacher, corpus) if self.ask_once and drawn_view(self.crop_flip) is None else None
+    if not self.ask_once or drawn_view(self.crop_flip) is not None: return None
+    where = next(teacher.parameters()).device.type
+    with torch.autocast(where, torch.bfloat16, enabled=self.half_teacher): return self.answers(teacher, corpus).float()
 
 def _objective(self:BCU, teacher, corpus, known=None):
     "What the student learns; `known` as from `known`, which is asked if it is not given."

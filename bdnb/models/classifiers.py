@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MOST', 'ARCHITECTURES', 'SHORT', 'conv3', 'conv1',
            'BasicBlock', 'he_normal', 'ResNet', 'stages', 'PreActBlock', 'PreActResNet', 'WideResNet', 'VGG',
-           'ViTBlock', 'ViT', 'check_sizes', 'Classifier', 'class_names', 'torchvision_names', 'list_classifiers',
-           'build_classifier_net', 'check_network', 'create_classifier', 'save_classifier', 'classifier_header',
-           'usual_pictures', 'load_classifier', 'classifier_logits', 'evaluate_classifier', 'check_labels',
-           'class_number']
+           'ViTBlock', 'ViT', 'check_sizes', 'Classifier', 'class_names', 'torchvision_names', 'timm_names',
+           'list_classifiers', 'torchvision_net', 'timm_cfg', 'timm_net', 'build_classifier_net', 'check_network',
+           'create_classifier', 'save_classifier', 'classifier_header', 'usual_pictures', 'load_classifier',
+           'classifier_logits', 'evaluate_classifier', 'check_labels', 'class_number']
 
 # %% ../../nbs/models/10_classifiers.ipynb #2c3956cf
 import re, warnings
@@ -217,37 +217,62 @@ def torchvision_names()->list:
     from torchvision import models
     return models.list_models(module=models)
 
+def timm_names()->list:
+    "timm's networks, each behind `timm/`."
+    import timm
+    return [f'timm/{n}' for n in timm.list_models(name_matches_cfg=True)]         # those that say which pictures they read
+
 def list_classifiers()->list:
-    "Every name that `create_classifier` knows: ours, then torchvision's."
-    return list(ARCHITECTURES) + [n if n not in ARCHITECTURES else f'torchvision/{n}' for n in torchvision_names()]
+    "Every name that `create_classifier` knows: ours, then torchvision's, then timm's."
+    theirs = [n if n not in ARCHITECTURES else f'torchvision/{n}' for n in torchvision_names()]
+    return [*ARCHITECTURES, *theirs, *timm_names()]
+
+# %% ../../nbs/models/10_classifiers.ipynb #5c1f1f49
+def torchvision_net(name, classes:int, image_size:int)->nn.Module:
+    "A network of `torchvision_names()`."
+    from torchvision.models import get_model
+    more = dict(image_size=image_size) if name.startswith('vit_') else {}
+    more |= dict(init_weights=True) if name in ('googlenet', 'inception_v3') else {}
+    return get_model(name, weights=None, num_classes=classes, **more)
+
+def timm_cfg(name):
+    "What timm says of a network of `timm_names()`: `input_size`, `mean`, `std`, and whether the size is fixed when it is built."
+    import timm
+    return timm.get_pretrained_cfg(name.removeprefix('timm/'))
+
+def timm_net(name, classes:int, image_size:int)->nn.Module:
+    "A network of `timm_names()` with random weights; nothing is fetched."
+    import timm
+    size = dict(img_size=image_size) if timm_cfg(name).fixed_input_size else {}
+    return timm.create_model(name.removeprefix('timm/'), pretrained=False, num_classes=classes, **size)
 
 def build_classifier_net(name, classes:int, width, image_size:int)->nn.Module:
     "The bare network. `BdnbError` for an unknown name, or a width where none can be given."
     if name in ARCHITECTURES:
         build, usual = ARCHITECTURES[name]
         return build(classes, width or usual, image_size)
-    theirs = name.removeprefix('torchvision/')
-    if theirs not in torchvision_names():
-        raise BdnbError(f"unknown classifier {name!r}; {did_you_mean(name, list_classifiers())}")
-    if width is not None: raise BdnbError(f"{name}: torchvision's networks have one width; leave it out")
-    from torchvision.models import get_model
-    more = dict(image_size=image_size) if theirs.startswith('vit_') else {}
-    more |= dict(init_weights=True) if theirs in ('googlenet', 'inception_v3') else {}
-    return get_model(theirs, weights=None, num_classes=classes, **more)
+    of_timm, theirs = name.startswith('timm/'), name.removeprefix('torchvision/')
+    known = timm_names() if of_timm else torchvision_names()
+    if theirs not in known:
+        raise BdnbError(f"unknown classifier {name!r}; {did_you_mean(name, known if of_timm else list_classifiers())}")
+    if width is not None: raise BdnbError(f"{name}: {'timm' if of_timm else 'torchvision'}'s networks have one width; leave it out")
+    return (timm_net if of_timm else torchvision_net)(theirs, classes, image_size)
 
 # %% ../../nbs/models/10_classifiers.ipynb #230971bc
-def check_network(name, classes:int, width, image_size:int)->int: # number of weights
+def check_network(name, classes:int, width, image_size:int)->int: # how many numbers it holds
     "Build on the `meta` device and try one picture there. `BdnbError` says why a size or width does not fit."
     check_sizes(name, classes=classes, width=width, image_size=image_size)
     try:
         net = laid_out(lambda: build_classifier_net(name, classes, width, image_size)).eval()
         with torch.device('meta'), torch.no_grad(): out = net(torch.empty(1, 3, image_size, image_size))
     except BdnbError: raise
-    except Exception as e:                                   # forty architectures, each with its own way to refuse
+    except Exception as e:                                   # hundreds of architectures, each with its own way to refuse
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise BdnbError(f"{name}: cannot read pictures of {image_size} px (width {width or 'as usual'}): {why}") from e
-    if tuple(out.shape) != (1, classes): raise BdnbError(f"{name}: answers with {list(out.shape)}, not [1, {classes}]")
-    return count_numbers(net)
+    shape = list(getattr(out, 'shape', ()))
+    if shape != [1, classes]: raise BdnbError(f"{name}: answers with {shape or type(out).__name__}, not [1, {classes}]")
+    saved = net.state_dict()                                 # tables of positions are not saved, and grow with the picture
+    return count_numbers(net) + sum(v.numel() for k, v in net.named_buffers() if k not in saved)
 
 def create_classifier(name:str='resnet18', # see `list_classifiers()`
                       classes=10, # names in index order, or their number
@@ -278,8 +303,8 @@ def classifier_header(path, header, given)->dict:
     if header and header.get('kind') != 'classifier':
         raise BdnbError(f"{path}: holds no classifier (another kind of model was saved there)")
     if 'name' not in fields or 'classes' not in fields:
-        raise BdnbError(f"{path}: does not say which network it is; give its name (--model resnet18, or torchvision/resnet18 for "
-                        "torchvision's own) and --classes")
+        raise BdnbError(f"{path}: does not say which network it is; give its name (--model resnet18, or torchvision/resnet18 or "
+                        "timm/resnet18 for theirs) and --classes")
     check_normalisation(fields.get('mean', CIFAR_MEAN), fields.get('std', CIFAR_STD), path)
     odd = ['name'] if not isinstance(fields['name'], str) else []
     odd += ['classes'] if not isinstance(fields['classes'], (int, list, tuple)) else []
@@ -289,6 +314,9 @@ def classifier_header(path, header, given)->dict:
 def usual_pictures(name)->dict:
     "Picture size and normalisation that networks of this name are usually trained with."
     if name in ARCHITECTURES: return dict(image_size=32, mean=CIFAR_MEAN, std=CIFAR_STD)
+    if name.startswith('timm/') and name in timm_names():
+        cfg = timm_cfg(name)
+        return dict(image_size=cfg.input_size[-1], mean=cfg.mean, std=cfg.std)
     return dict(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 def load_classifier(path, # .safetensors of `save_classifier`, or a plain state dict
@@ -298,7 +326,7 @@ def load_classifier(path, # .safetensors of `save_classifier`, or a plain state 
     """Read a classifier; nothing in the file is run. `BdnbError` names the first tensor that does not fit.
 
     A file that does not say which pictures its network reads gets what is usual, with a warning: 224 px and ImageNet's mean for
-    torchvision's networks, 32 px and CIFAR's for ours."""
+    torchvision's networks, what timm says for timm's, 32 px and CIFAR's for ours."""
     tensors, header = read_tensors(path)
     given = dict(name=name, classes=classes, width=width, image_size=image_size, mean=mean, std=std)
     f = classifier_header(path, header, given)

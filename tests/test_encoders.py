@@ -1,0 +1,144 @@
+"Encoders that were trained elsewhere: torchvision's and timm's names, prefixes, copies, and what a file does not say."
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import resnet18, resnet34
+
+from bdnb.core import BdnbError
+from bdnb.models.checkpoint import save_checkpoint
+from bdnb.models.build import create_model
+from bdnb.models.encoders import create_encoder, list_encoders, load_encoder, save_encoder, strip_prefix
+
+pictures = dict(image_size=32, mean=(.5, .5, .5), std=(.25, .25, .25))
+
+
+def shaken(net, seed=0):
+    "No weight, and no statistic of a batch normalisation, stays at 0 or 1."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for k, v in net.state_dict().items():
+            if v.is_floating_point(): v.add_(torch.rand(v.shape, generator=g)*.04)
+    return net.eval()
+
+
+def small_resnet(make=resnet18, stride=1, padding=1):
+    net = make()
+    net.conv1, net.maxpool, net.fc = nn.Conv2d(3, 64, 3, stride, padding, bias=False), nn.Identity(), nn.Identity()
+    return shaken(net)
+
+
+def timm_vit(dim=192, heads=3, **more):
+    vit = pytest.importorskip('timm.models.vision_transformer')
+    how = dict(img_size=32, patch_size=8, embed_dim=dim, depth=12, num_heads=heads, num_classes=0)
+    return shaken(vit.VisionTransformer(**how | more))
+
+
+def written(path, net, prefix=''):
+    torch.save({'state_dict': {prefix + k: v for k, v in net.state_dict().items()}}, path)
+    return path
+
+
+def same(net, path, name, eps, **more):
+    "Both networks give the same features."
+    ours = load_encoder(path, name, **pictures | more).eval()
+    x = torch.randn(3, 3, ours.image_size, ours.image_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): a, b = ours.net(x), net(x)
+    assert (a - b).abs().max() <= eps*max(1, b.abs().max()) and b.std() > 0, (a - b).abs().max()
+    return ours
+
+
+def refused(f, *words):
+    with pytest.raises(BdnbError) as e: f()
+    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), e.value
+
+
+@pytest.mark.parametrize('prefix', ['', 'backbone.', 'module.encoder.'])
+def test_a_resnet_with_the_names_of_torchvision(tmp_path, prefix):
+    same(small := small_resnet(), path := written(tmp_path/'r.pt', small, prefix), 'resnet18/small', 1e-5)
+    same(small, path, 'resnet18', 1e-5)                                   # at 32 px the usual stem is the small one
+    refused(lambda: load_encoder(path, 'resnet18/standard', **pictures), str(path), 'conv1.weight', '[64, 3, 3, 3]')
+
+
+def test_the_other_stems_and_depths(tmp_path):
+    same(net := small_resnet(padding=2), written(tmp_path/'p.pt', net), 'resnet18/padded', 1e-5)
+    same(net := small_resnet(stride=2), written(tmp_path/'h.pt', net), 'resnet18/half', 1e-5)
+    same(net := small_resnet(resnet34), path := written(tmp_path/'d.pt', net), 'resnet34/small', 1e-5)
+    (net := shaken(resnet18())).fc = nn.Identity()
+    same(net, written(tmp_path/'s.pt', net), 'resnet18/standard', 1e-5, image_size=64)
+    refused(lambda: load_encoder(path, 'resnet18/small', **pictures), str(path), 'layer1.2', 'has no place in it')
+
+
+@pytest.mark.parametrize('prefix', ['', 'backbone.', 'student.', 'module.base_encoder.'])
+def test_a_vision_transformer_with_the_names_of_timm(tmp_path, prefix):
+    same(net := timm_vit(), written(tmp_path/'v.pt', net, prefix), 'vit_tiny/8', 1e-4)
+
+
+def test_heads_are_in_the_name(tmp_path):
+    "The same file, read with 6 heads and with 12."
+    assert 'mocov3_small' in list_encoders() and create_encoder('mocov3_small', image_size=32).dim == 384
+    path = written(tmp_path/'v.pt', twelve := timm_vit(384, 12))
+    same(twelve, path, 'mocov3_small/8', 1e-4)
+    (six := timm_vit(384, 6)).load_state_dict(twelve.state_dict())
+    same(six, path, 'vit_small/8', 1e-4)
+    with pytest.raises(AssertionError): same(twelve, path, 'vit_small/8', 1e-4)
+
+
+@pytest.mark.parametrize('used, spare', [('module.base_encoder.', 'module.momentum_encoder.'), ('student.', 'teacher.'),
+                                         ('module.encoder_q.', 'module.encoder_k.'), ('backbone.', 'backbone_momentum.'),
+                                         ('backbone.', 'momentum_backbone.'), ('online.', 'target.')])
+def test_of_two_copies_the_one_that_learns(tmp_path, used, spare):
+    "Whichever comes first; safetensors come back by name."
+    net = create_encoder('resnet10/small', 4).net
+    two = {p + k: v + (p == spare) for p in (used, spare) for k, v in net.state_dict().items()}
+    for tensors in (two, dict(reversed(two.items()))):
+        assert torch.equal(strip_prefix(tensors, set(net.state_dict()))['conv1.weight'], net.conv1.weight)
+    save_file(two, tmp_path/'two.safetensors')
+    found = load_encoder(tmp_path/'two.safetensors', 'resnet10/small', 4, **pictures)
+    assert torch.equal(found.net.conv1.weight, net.conv1.weight)
+
+
+def test_moco_v3_with_its_heads(tmp_path):
+    net = timm_vit()
+    tensors = {f'module.momentum_encoder.{k}': v + 1 for k, v in net.state_dict().items()}
+    tensors |= {f'module.base_encoder.{k}': v for k, v in net.state_dict().items()}
+    tensors |= {f'module.{k}': torch.zeros(4, 4) for k in ('base_encoder.head.0.weight', 'predictor.0.weight')}
+    torch.save({'epoch': 3, 'state_dict': tensors}, tmp_path/'moco.pt')
+    same(net, tmp_path/'moco.pt', 'vit_tiny/8', 1e-4)
+
+
+@pytest.mark.parametrize('more, part', [(dict(init_values=.1), 'ls1.gamma'), (dict(reg_tokens=4, no_embed_class=False), 'pos_embed'),
+                                        (dict(reg_tokens=4, no_embed_class=True), 'pos_embed'), (dict(pre_norm=True), 'norm_pre'),
+                                        (dict(global_pool='avg'), 'norm.'), (dict(depth=13), 'blocks.12')])
+def test_a_transformer_of_another_build_is_refused(tmp_path, more, part):
+    "Layer scale, registers and the like would be left out without a word."
+    path = written(tmp_path/'v.pt', timm_vit(**more))
+    refused(lambda: load_encoder(path, 'vit_tiny/8', **pictures), str(path), 'does not fit vit_tiny/8', part)
+
+
+def test_registers_outside_of_the_positions_are_refused(tmp_path):
+    (net := timm_vit()).register_parameter('reg_token', nn.Parameter(torch.zeros(1, 4, 192)))
+    path = written(tmp_path/'v.pt', net)
+    refused(lambda: load_encoder(path, 'vit_tiny/8', **pictures), str(path), 'reg_token has no place in it')
+
+
+def test_what_a_file_does_not_say_is_said(tmp_path):
+    path = written(tmp_path/'e.pt', create_encoder('resnet10/small', 4).net)
+    with pytest.warns(UserWarning, match=r'e\.pt: does not say which pictures .* image size 224, mean \(0\.485.* std \(0\.229'):
+        assert load_encoder(path, 'resnet10/small', 4).image_size == 224
+    with pytest.warns(UserWarning, match=r'taken: mean \(0\.485, 0\.456, 0\.406\)$'):
+        load_encoder(path, 'resnet10/small', 4, 32, std=[.2, .2, .2])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        found = load_encoder(path, 'resnet10/small', 4, **pictures)
+        save_encoder(found, tmp_path/'e.safetensors')
+        again = load_encoder(tmp_path/'e.safetensors')
+    assert again.image_size == 32 and torch.equal(again.mean, torch.full((3,), .5)) and torch.equal(again.std, torch.full((3,), .25))
+    refused(lambda: load_encoder(path), str(path), 'does not say which architecture', '--model')
+
+
+def test_a_clip_says_its_own(tmp_path):
+    save_checkpoint(create_model('tiny'), tmp_path/'clip.safetensors')
+    refused(lambda: load_encoder(tmp_path/'clip.safetensors', image_size=64), 'clip.safetensors', 'its own image size')
