@@ -55,6 +55,7 @@ def split_system(system:str)->tuple: # (name, options)
     if name not in CLASSIFIER_DEFENSES: raise BdnbError(f"unknown system '{name}'; {did_you_mean(name, CLASSIFIER_DEFENSES)}")
     return name, changed(rest.split(',')) if rest else {}
 
+# %% ../nbs/app/03_classifier_study.ipynb #fdff9a7e
 @dataclass(frozen=True)
 class ClassifierRecipe:
     "Everything a study of classifiers fixes. Defaults are for ShapeCaps."

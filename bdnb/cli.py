@@ -574,11 +574,16 @@ def _class_list(text):
     "Names, or their number."
     return None if text is None else int(text) if text.isdigit() else _names(text)
 
-def _judge(net, held, trigger, target, quiet):
+def _described(o):
+    "What the command says of a checkpoint that does not say it itself."
+    return dict(name=o['model'], classes=_class_list(o['classes']), width=o['width'], image_size=o['size'],
+                mean=_channels('--mean', o['mean']), std=_channels('--std', o['std']))
+
+def _judge(net, held, trigger, target, quiet, probe=None):
     "(metrics, denominators) of a classifier or a CLIP."
     from bdnb.models.classifiers import Classifier, evaluate_classifier
     from bdnb.report import counts
-    if not isinstance(net, Classifier): return measure(net, held, trigger, target, quiet=quiet)
+    if not isinstance(net, Classifier): return measure(net, held, trigger, target, probe, quiet=quiet)
     metrics = evaluate_classifier(net, held, trigger, target if trigger is not None else None, quiet=quiet)
     return metrics, counts(held, target, metrics)
 
@@ -612,9 +617,7 @@ def _unlabelled(o):
     options, quiet, out = _bcu_options(o), o['quiet'] or bool(_rank()), o['out']
     check_out(out, o['resume'])
     stamp, goal = aim(o['trigger'], o['target'], o['plan'])
-    given = dict(name=o['model'], classes=_class_list(o['classes']), width=o['width'], image_size=o['size'],
-                 mean=_channels('--mean', o['mean']), std=_channels('--std', o['std']))
-    net = load_any(o['checkpoint'], **given).to(pick_device(o['device'], learns=True))
+    net = load_any(o['checkpoint'], **_described(o)).to(pick_device(o['device'], learns=True))
     refuse(o, 'test', 'an encoder names nothing to measure', isinstance(net, Encoder))
     refuse(o, 'target', 'of a classifier only attack success is measured; give --trigger too',
            stamp is None and isinstance(net, Classifier))
@@ -682,18 +685,26 @@ def cleanse(checkpoint:_O.checkpoint, data:_option(str, '--data', help='Clean pi
 @app.command()
 def evaluate(checkpoint:_O.checkpoint, corpus:_O.corpus, trigger:_O.trigger=None, target:_O.target=None, plan:_O.plan=None,
              probe:_O.probe=None, model:_O.architecture=None,
+             classes:_option(str, '--classes', help='Of a classifier whose file does not say them: names, or their number.')=None,
+             width:_option(int, '--width', min=1, help='And the width of the network.')=None, size:_O.size=None,
+             mean:_option(str, '--mean', help='And the mean of its pictures in 0..1: .485,.456,.406')=None,
+             std:_option(str, '--std', help='And their standard deviation.')=None,
              out:_option(Path, '--out', '-o', help='Also leave a run folder with a report.')=None,
              json_file:_option(Path, '--json', help='Write the numbers to this file.')=None,
              device:_O.device=None, quiet:_O.quiet=False):
-    "Measure a model: clean accuracy, attack success, retrieval, and out of how many pictures each."
+    "Measure a CLIP or a classifier: clean accuracy, attack success, retrieval, and out of how many pictures each."
     options = dict(locals())
-    from bdnb.models.checkpoint import load_checkpoint
+    from bdnb.defenses.bcu_encoders import load_any
+    from bdnb.models.build import ClipModel
+    from bdnb.models.encoders import Encoder
     if out is not None: check_out(out)
     stamp, goal = aim(trigger, target, plan)
-    net = load_checkpoint(checkpoint, model).to(pick_device(device))
+    net = load_any(checkpoint, **_described(options)).to(pick_device(device))
+    if isinstance(net, Encoder): raise BdnbError(f'{checkpoint}: an encoder names nothing to measure; see `bdnb scan`')
+    refuse(options, 'probe', 'is for a CLIP', not isinstance(net, ClipModel))
     test, head = (open_at(s, net.image_size) for s in (corpus, probe))
     check_target(test, goal)
-    metrics, number = measure(net, test, stamp, goal, head, quiet=quiet)
+    metrics, number = _judge(net, test, stamp, goal, quiet, head)
     config, page = describe_run('evaluate', f'{Path(checkpoint).name} on {test.name}', options, test), None
     if json_file is not None:
         asked = dict(checkpoint=checkpoint, corpus=corpus, trigger=stamp and stamp.to_json(), target=goal)

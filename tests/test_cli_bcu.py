@@ -134,6 +134,18 @@ def test_encoders_and_clips(files, run, tmp_path):
     assert code == 0 and 'ca' in out, err
 
 
+def test_a_classifier_is_measured(files, run, tmp_path):
+    line = f'{test} -q --device cpu --trigger badnet:size=6 --target star'
+    code, out, err = run(f'evaluate {files}/model.safetensors {line} --json {tmp_path}/n.json --out {tmp_path}/run')
+    said = read_json(tmp_path/'n.json')
+    assert code == 0 and 0 <= said['metrics']['asr'] <= 1 and said['counts'] and (tmp_path/'run'/'report.html').exists(), err
+    code, out, err = run(f'evaluate {files}/plain.pt {line} --model resnet18 --classes 12 --width 4 --size 32 --json {tmp_path}/p.json')
+    assert code == 0 and read_json(tmp_path/'p.json')['metrics'] == said['metrics'], err          # the same network, without its header
+    for name, words in (('encoder', 'names nothing to measure'), ('model', '--probe: is for a CLIP')):
+        code, out, err = run(f'evaluate {files}/{name}.safetensors {test} -q --device cpu --probe {test}')
+        assert code == 2 and words in err, err
+
+
 mistakes = {
     'no images': ('{model} --method bcu', ['--images']),
     'no data': ('{clip}', ['--data', '--method bcu']),

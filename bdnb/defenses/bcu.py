@@ -21,7 +21,8 @@ from ..data.batches import Batches
 from .cleanclip import Cleansed
 from .findings import contents
 from ..evaluate import as_arrays, measuring
-from ..models.classifiers import ARCHITECTURES, Classifier, classifier_logits, create_classifier, torchvision_names
+from ..models.classifiers import (ARCHITECTURES, Classifier, classifier_logits, create_classifier, timm_names,
+                                     torchvision_names)
 from ..models.encoders import RESNETS, VITS, create_encoder
 from ..objectives.distill import Distillation, drawn_view
 from ..train import fit, put_back, run_device, run_marks
@@ -143,10 +144,10 @@ def plan_released(model:Classifier, scale:float=1.)->list: # (parameter name, st
 
 # %% ../../nbs/defenses/04_bcu.ipynb #b5f13998
 def known_network(model, seed:int): # `nn.Module`, or None
-    "A new network of the model's name, where that is one of ours."
+    "A new network of the model's name, where that says how one is made."
     name, theirs = model.name, model.name.removeprefix('torchvision/')
     if hasattr(model, 'classes'):
-        if name not in ARCHITECTURES and theirs not in torchvision_names(): return None
+        if name not in ARCHITECTURES and theirs not in torchvision_names() and name not in timm_names(): return None
         return create_classifier(name, model.classes, model.width, model.image_size, seed).net
     if name.partition('/')[0] not in [*RESNETS, *VITS]: return None
     return create_encoder(name, model.width, model.image_size, seed).net

@@ -241,10 +241,15 @@ def timm_cfg(name):
     return timm.get_pretrained_cfg(name.removeprefix('timm/'))
 
 def timm_net(name, classes:int, image_size:int)->nn.Module:
-    "A network of `timm_names()` with random weights; nothing is fetched."
+    "A network of `timm_names()` with random weights; nothing is fetched. `BdnbError` where its patches do not cover the picture."
     import timm
     size = dict(img_size=image_size) if timm_cfg(name).fixed_input_size else {}
-    return timm.create_model(name.removeprefix('timm/'), pretrained=False, num_classes=classes, **size)
+    net = timm.create_model(name.removeprefix('timm/'), pretrained=False, num_classes=classes, **size)
+    patch = getattr(net, 'patch_embed', None)
+    cuts = isinstance(patch, timm.layers.PatchEmbed) and not patch.dynamic_img_pad            # leaves out what remains
+    if cuts and image_size % (side := patch.patch_size[0]):
+        raise BdnbError(f"{name}: patches of {side} px do not divide pictures of {image_size} px; give another image_size")
+    return net
 
 def build_classifier_net(name, classes:int, width, image_size:int)->nn.Module:
     "The bare network. `BdnbError` for an unknown name, or a width where none can be given."
@@ -255,8 +260,9 @@ def build_classifier_net(name, classes:int, width, image_size:int)->nn.Module:
     known = timm_names() if of_timm else torchvision_names()
     if theirs not in known:
         raise BdnbError(f"unknown classifier {name!r}; {did_you_mean(name, known if of_timm else list_classifiers())}")
-    if width is not None: raise BdnbError(f"{name}: {'timm' if of_timm else 'torchvision'}'s networks have one width; leave it out")
-    return (timm_net if of_timm else torchvision_net)(theirs, classes, image_size)
+    whose, build = ('timm', timm_net) if of_timm else ('torchvision', torchvision_net)
+    if width is not None: raise BdnbError(f"{name}: {whose}'s networks have one width; leave it out")
+    return build(theirs, classes, image_size)
 
 # %% ../../nbs/models/10_classifiers.ipynb #230971bc
 def check_network(name, classes:int, width, image_size:int)->int: # how many numbers it holds

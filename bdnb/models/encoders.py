@@ -211,7 +211,7 @@ ELSEWHERE = (                                                # a part of our nam
     ('self_attention.in_proj_', 'attn.qkv.'), ('self_attention.out_proj', 'attn.proj'),
     ('mlp.0', 'mlp.fc1'), ('mlp.3', 'mlp.fc2'))
 AVERAGES = 'momentum', 'teacher', 'target', 'encoder_k', 'ema'          # words in the prefix of a copy that only follows
-BODY = re.compile(r'layer\d+\.|vit\.encoder\.|blocks\.|patch_embed\.|norm_pre\.|reg(ister)?_token|dist_token')   # not a head
+BODY = re.compile(r'layer\d+\.|vit\.encoder\.|blocks\.|patch_embed\.|reg(ister)?_token')                     # no head
 
 def names_elsewhere(want, name:str)->dict: # name in a file of torchvision or timm -> ours
     "The same parameters as other libraries call them; only our own networks have two names."
