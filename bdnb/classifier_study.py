@@ -85,6 +85,7 @@ class ClassifierRecipe:
     def defense(self, system, **options):
         "A cure with this recipe's settings; `options` come last. Unknown names and options raise `BdnbError`."
         name, asked = split_system(system)
+        if 'seed' in asked: raise BdnbError(f'{system}: the seed is that of the study')
         kind, own = CLASSIFIER_DEFENSES[name]
         swift = dict(_SWIFT, warmup=.05) if self.swift and kind is BCU else {}
         group = dict(group=self.group) if kind is BCU else {}

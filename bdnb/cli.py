@@ -539,6 +539,7 @@ def _show_both(title, result):
 
 # %% ../nbs/app/02_cli.ipynb #bcucli01
 _BCU_ONLY = 'epochs', 'lr', 'batch_size', 'weight_decay', 'schedule'
+_NO_TRIGGER = 'of a classifier only attack success is measured; give --trigger too'
 
 def _bcu_options(o):
     "What the options of the command say to BCU. `BdnbError` for those that it does not have."
@@ -566,7 +567,7 @@ def _channels(option, text):
     if text is None: return None
     try: found = [float(w) for w in _names(text)]
     except ValueError: found = []
-    if len(found) != 3 or not all(math.isfinite(v) for v in found) or option == '--std' and min(found) <= 0:
+    if len(found) != 3 or not all(abs(v) < 1e3 for v in found) or option == '--std' and min(found) <= 1e-6:      # (no nan is)
         raise BdnbError(f'{option} {text!r}: needs three numbers with commas between, of pictures in 0..1')
     return found
 
@@ -619,8 +620,7 @@ def _unlabelled(o):
     stamp, goal = aim(o['trigger'], o['target'], o['plan'])
     net = load_any(o['checkpoint'], **_described(o)).to(pick_device(o['device'], learns=True))
     refuse(o, 'test', 'an encoder names nothing to measure', isinstance(net, Encoder))
-    refuse(o, 'target', 'of a classifier only attack success is measured; give --trigger too',
-           stamp is None and isinstance(net, Classifier))
+    refuse(o, 'target', _NO_TRIGGER, stamp is None and isinstance(net, Classifier))
     defense, spec = bcu_for(net, **options), o['images']
     defense.check(net)
     pool = open_at(spec if ':' in spec else f'folder:{spec}', net.image_size)
@@ -702,6 +702,7 @@ def evaluate(checkpoint:_O.checkpoint, corpus:_O.corpus, trigger:_O.trigger=None
     net = load_any(checkpoint, **_described(options)).to(pick_device(device))
     if isinstance(net, Encoder): raise BdnbError(f'{checkpoint}: an encoder names nothing to measure; see `bdnb scan`')
     refuse(options, 'probe', 'is for a CLIP', not isinstance(net, ClipModel))
+    refuse(options, 'target', _NO_TRIGGER, stamp is None and not isinstance(net, ClipModel))
     test, head = (open_at(s, net.image_size) for s in (corpus, probe))
     check_target(test, goal)
     metrics, number = _judge(net, test, stamp, goal, quiet, head)

@@ -144,6 +144,9 @@ def test_a_classifier_is_measured(files, run, tmp_path):
     for name, words in (('encoder', 'names nothing to measure'), ('model', '--probe: is for a CLIP')):
         code, out, err = run(f'evaluate {files}/{name}.safetensors {test} -q --device cpu --probe {test}')
         assert code == 2 and words in err, err
+    for more, words in (('{clip} --size 64', 'has its own image size'), ('{model} --target star', '--trigger too')):
+        code, out, err = run(f"evaluate {more.format(clip=f'{files}/clip.safetensors', model=f'{files}/model.safetensors')} {test} -q")
+        assert code == 2 and words in err, err
 
 
 mistakes = {

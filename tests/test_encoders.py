@@ -152,3 +152,20 @@ def test_what_a_file_does_not_say_is_said(tmp_path):
 def test_a_clip_says_its_own(tmp_path):
     save_checkpoint(create_model('tiny'), tmp_path/'clip.safetensors')
     refused(lambda: load_encoder(tmp_path/'clip.safetensors', image_size=64), 'clip.safetensors', 'its own image size')
+
+
+@pytest.mark.parametrize('large, small', [('efficientnet_b1', 'efficientnet_b0'), ('convnext_small', 'convnext_tiny')])
+def test_a_longer_network_of_torchvision_is_not_cut_short(tmp_path, large, small):
+    from torchvision.models import get_model
+    torch.save(get_model(large, weights=None).state_dict(), tmp_path/'e.pt')
+    with pytest.raises(BdnbError, match='has no place in it'): load_encoder(tmp_path/'e.pt', f'torchvision/{small}', image_size=64)
+    assert load_encoder(tmp_path/'e.pt', f'torchvision/{large}', image_size=64).dim
+
+
+def test_the_copy_that_learns_is_taken_by_whole_words(tmp_path):
+    own, other = (create_encoder('resnet10', 4, seed=s).net.state_dict() for s in (0, 1))
+    for learns, follows in (('query_encoder', 'key_encoder'), ('schema_net', 'zeta_ema')):
+        both = {f'{learns}.{k}': v for k, v in own.items()} | {f'{follows}.{k}': v for k, v in other.items()}
+        torch.save(both, tmp_path/'e.pt')
+        found = load_encoder(tmp_path/'e.pt', 'resnet10/small', 4, 32).net.state_dict()
+        assert all(torch.equal(found[k], own[k]) for k in own), learns

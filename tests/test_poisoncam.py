@@ -426,6 +426,9 @@ def test_too_few_pictures_and_damaged_weights():
 
 def test_the_bound_of_the_first_look():
     assert abs(miss_bound(32, 2, .3) - .00125) < 5e-4 and miss_bound(32, 2, 0.) == 1 and miss_bound(10, 0, 1.) == 0
+    chance = lambda **options: searching(**options)[0].chance_to_miss()
+    assert chance(evidence=.2) == miss_bound(32, 2, .2) and chance(look=64) == chance(sequential=False) == 0      # one look
+    assert chance(evidence=.05) == miss_bound(32, 1, .05)               # two of 32 reach that bar, and are not dropped
 
 
 def bench(monkeypatch, name):

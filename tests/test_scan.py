@@ -589,9 +589,14 @@ def test_few_pictures_are_called_few(tmp_path):
     found = scan_corpus(ArrayCorpus(torch.stack([*pictures()])), red(), tmp_path/'scan', how, quiet=True)
     assert found.verdict == FOUND and '60 pictures are few' in found.evidence['warning'] and found.keep.any()
     text = Page((tmp_path/'scan'/'report.html').read_text(encoding='utf-8')).text
-    bound = found.evidence['miss_bound']
-    assert '60 pictures are few' in text and 0 < bound < 1 and f'is lost so with a probability of {bound:.0%}' in text
+    assert '60 pictures are few' in text and 'Scoring stops early' not in text                        # there is one look
     assert '60 pictures are few' in read_json(tmp_path/'scan'/'scan.json')['warning']
+
+
+def test_the_report_says_what_early_stopping_may_miss(tmp_path):
+    found = scan_corpus(ArrayCorpus(torch.stack([*pictures()])), red(), tmp_path/'scan', replace(how, look=8), quiet=True)
+    text, bound = Page((tmp_path/'scan'/'report.html').read_text(encoding='utf-8')).text, found.evidence['miss_bound']
+    assert 0 < bound < 1 and f'is lost so with a probability of {bound:.0%}' in text
 
 
 def test_a_filter_that_spares_nobody_is_no_finding(monkeypatch):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..core import BdnbError, check_names
 from ..data.doors import open_corpus
 from .bcu import BCU, Recovered
-from ..models.build import ClipModel
+from ..models.build import ClipModel, list_models
 from ..models.checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from ..models.classifiers import SHORT, Classifier, list_classifiers, load_classifier, save_classifier
 from ..models.encoders import ClipEncoder, Encoder, encode, load_encoder, save_encoder
@@ -76,14 +76,17 @@ QUICK = dict(scale='auto', epochs=20, batch_size=64, optimizer='adamw', lr=2e-3,
 def load_any(path, **given): # a `Classifier`, an `Encoder` or a `ClipModel`, in evaluation mode
     "Whatever model a checkpoint holds; `given` (name, classes, width, image_size, mean, std) is for files that do not say it."
     kind, name = read_tensors(path)[1].get('kind'), given.get('name')
-    named = kind is None and name is not None and SHORT.get(name, name) in list_classifiers()
+    named = kind is None and name is not None and SHORT.get(name, name) in list_classifiers() and name not in list_models()
     if kind not in (None, 'classifier') and given.get('classes') is not None:
         raise BdnbError(f'{path}: classes are given (--classes), but this file holds a model of kind {kind!r}, which has none')
     if kind == 'classifier' or named or given.get('classes') is not None: return load_classifier(path, **given)
     if kind == 'encoder': return load_encoder(path, **{k: v for k, v in given.items() if k != 'classes'}).eval()
-    try: return load_checkpoint(path, name).eval()
+    try: model = load_checkpoint(path, name).eval()
     except BdnbError as e:
         raise BdnbError(f'{e}. For a classifier, say its network and classes: --model torchvision/resnet18 --classes 10') from e
+    if own := [k.replace('_', ' ') for k, v in given.items() if k != 'name' and v is not None]:
+        raise BdnbError(f'{path}: holds a CLIP model, which has its own {own[0]}; leave it out')
+    return model
 
 def save_any(model, path, **meta):
     "The counterpart of `load_any`."

@@ -516,8 +516,13 @@ def _findings(self:Search)->Findings:
     if warning := warnings_of(found): found.evidence['warning'] = warning
     found.evidence.update(top=top, looks=seen, crops=self.cut(top, found.window[top]), heat=self.heat(top), clusters=self.k,
                           forwards=dict(self.stages.forwards), seconds={k: round(v, 3) for k, v in self.stages.seconds.items()},
-                          miss_bound=miss_bound(how.look, how.pass_above, max(0., self.bar)) if how.sequential else 0.)
+                          miss_bound=self.chance_to_miss())
     return found
+
+def _chance_to_miss(self:Search)->float:
+    "That the first look stops a crop which just reaches the bar; 0 where it is the last."
+    first, *more = self.looks()
+    return miss_bound(first, min(self.how.pass_above, math.ceil(self.bar*first) - 1), self.bar) if more else 0.
 
 def _heat(self:Search, rows)->torch.Tensor: # float [n, S, S] on the CPU
     return torch.cat([self.locate(p).heat.cpu() for p in rows.split(8)])
@@ -526,7 +531,7 @@ def _ranking(self:Search, score)->torch.Tensor: # int64 [N]
     "Best first; a picture that was not examined counts as 0, and of equals the first comes first."
     return score.nan_to_num(0.).sort(descending=True, stable=True).indices
 
-Search.look, Search.findings, Search.heat = _look, _findings, _heat
+Search.look, Search.findings, Search.heat, Search.chance_to_miss = _look, _findings, _heat, _chance_to_miss
 Search.ranking = _ranking
 Search.recipe = property(lambda self: self.how.recipe(self.encoder.image_size))    # of the poison classifier
 
