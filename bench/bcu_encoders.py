@@ -7,13 +7,12 @@ first. The pool: fresh clean pictures of the same corpus, without labels. Column
 under the trigger and its attack success rate, before and after; the scale that was picked from the agreement of neighbours, that
 agreement, and seconds. `distillation alone` is the control: nothing is reset.
 """
-import argparse
 import copy
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from poisoncam import about, finish, victims
+from poisoncam import about, finish, victims, victims_arguments
 from bdnb.core import limit_threads
 from bdnb.data.wallpapers import Wallpapers
 from bdnb.defenses.bcu_encoders import bcu_for
@@ -30,11 +29,8 @@ def cured(case, system, pool):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--folders', default='runs/ssl/patch-pattern=10-seed0', help='victims, with commas between')
-    p.add_argument('--recipe', default='', help='what the folders do not say of their making: class_rate=.5,epochs=45')
+    p = victims_arguments(__doc__.splitlines()[0])
     p.add_argument('--pool-n', type=int, default=1500, help='clean pictures')
-    p.add_argument('--threads', type=int, default=1)
     p.add_argument('--out', default='results/bcu-encoders.json')
     o = p.parse_args()
     limit_threads(o.threads)

@@ -248,12 +248,18 @@ def line(r):
             f"CPU {r['cpu_seconds']:.1f} s: {spent}")
 
 
-def arguments(about):
+def victims_arguments(about):
+    "What every script over victims asks for."
     p = argparse.ArgumentParser(description=about)
     p.add_argument('--folders', default='runs/ssl/patch-pattern=10-seed0', help='victims, with commas between')
     p.add_argument('--recipe', default='', help='what the folders do not say of their making: class_rate=.5,epochs=45')
-    p.add_argument('--steps', type=int, default=FilterRecipe.quick().steps, help='of the poison classifier, at most')
     p.add_argument('--threads', type=int, default=1)
+    return p
+
+
+def arguments(about):
+    p = victims_arguments(about)
+    p.add_argument('--steps', type=int, default=FilterRecipe.quick().steps, help='of the poison classifier, at most')
     return p
 
 

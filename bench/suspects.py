@@ -11,7 +11,6 @@ Columns: localisation (share of windows that cover half of the trigger) of the e
 suspects, the same poisons before and after; recall and precision of what is removed; precision of the twenty best scores, whom the
 second opinion does not touch; passes of the encoder (not of the classifier), and seconds of the second opinion and of the scan.
 """
-import argparse
 import sys
 import time
 from dataclasses import replace
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from poisoncam import about, finish, hits, settings_of, victims
+from poisoncam import about, finish, hits, victims, victims_arguments
 from bdnb.core import limit_threads
 from bdnb.defenses.findings import FOUND, Scan
 from bdnb.defenses.poisoncam import PoisonCAM, Search
@@ -73,12 +72,9 @@ def line(r):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--folders', default='runs/ssl/patch-pattern=10-seed0', help='victims, with commas between')
-    p.add_argument('--recipe', default='', help='what the folders do not say of their making: class_rate=.5,epochs=45')
+    p = victims_arguments(__doc__.splitlines()[0])
     p.add_argument('--window', default='.34', help="share of the picture's side; several, with commas between, are tried in order")
     p.add_argument('--places', default='near the middle,anywhere', help='of the trigger')
-    p.add_argument('--threads', type=int, default=1)
     p.add_argument('--out', default='results/suspects-poisoncam.json')
     o = p.parse_args()
     limit_threads(o.threads)

@@ -4,3 +4,31 @@ import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+import pytest  # noqa: E402  (what stands above is read by what is imported below)
+import torch
+from bdnb.core import BdnbError
+from bdnb.models.checkpoint import write_tensors
+
+
+def refused(f, *words):
+    "One line, with these words in it."
+    with pytest.raises(BdnbError) as e: f()
+    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), e.value
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    "Writes a header and tensors; returns the path."
+    def write(header, tensors=None): return write_tensors(tensors or {'a': torch.zeros(3)}, tmp_path/'odd.safetensors', header)
+    return write
+
+
+@pytest.fixture
+def no_storage(monkeypatch):
+    "Any network that is built with storage fails."
+    register = torch.nn.Module.register_parameter
+    def stop(self, name, p):
+        assert p is None or p.is_meta, 'a network was built'
+        return register(self, name, p)
+    monkeypatch.setattr(torch.nn.Module, 'register_parameter', stop)

@@ -4,10 +4,10 @@ import timm
 import torch
 from torch import nn
 
+from conftest import refused
 from bdnb.core import BdnbError
 from bdnb.defenses.bcu import BCU, RATIOS, stage_totals
 from bdnb.defenses.bcu_encoders import load_any
-from bdnb.models.checkpoint import write_tensors
 from bdnb.models.classifiers import (check_network, create_classifier, list_classifiers, load_classifier, save_classifier,
                                      usual_pictures)
 
@@ -22,27 +22,7 @@ BAD_NAMES = ['timm/hf-hub:timm/resnet18.a1_in1k', 'timm/hf_hub:timm/resnet18', '
              'timm//resnet18', 'timm', 'torchvision/timm/resnet18', 'timm/vit_b_16', 'timm/preactresnet18']
 
 
-def refused(f, *words):
-    with pytest.raises(BdnbError) as e: f()
-    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), e.value
-
-
-@pytest.fixture
-def stranger(tmp_path):
-    "Writes a header and tensors; returns the path."
-    def write(tensors=None, **header):
-        return write_tensors(tensors or {'a': torch.zeros(3)}, tmp_path/'odd.safetensors', dict(kind='classifier') | header)
-    return write
-
-
-@pytest.fixture
-def no_storage(monkeypatch):
-    "Any network that is built with storage fails."
-    register = nn.Module.register_parameter
-    def stop(self, name, p):
-        assert p is None or p.is_meta, 'a network was built'
-        return register(self, name, p)
-    monkeypatch.setattr(nn.Module, 'register_parameter', stop)
+def header(**fields): return dict(kind='classifier') | fields
 
 
 @pytest.mark.parametrize('name,size', SMALL)
@@ -85,9 +65,9 @@ def test_names_that_fetch_are_unknown(name, stranger, monkeypatch):
     def stop(*args, **options): raise AssertionError('timm was asked to build it')
     monkeypatch.setattr(timm, 'create_model', stop)
     refused(lambda: create_classifier(name, 3), 'unknown classifier', repr(name))
-    path = stranger(name=name, classes=3, image_size=32)
+    path = stranger(header(name=name, classes=3, image_size=32))
     refused(lambda: load_classifier(path), str(path), 'unknown classifier')
-    refused(lambda: load_classifier(stranger(name=name, classes=3)), 'unknown classifier')
+    refused(lambda: load_classifier(stranger(header(name=name, classes=3))), 'unknown classifier')
 
 
 def test_nothing_is_fetched(monkeypatch):
@@ -99,17 +79,17 @@ def test_nothing_is_fetched(monkeypatch):
 
 
 def test_a_small_file_builds_no_giant(stranger, no_storage):
-    path = stranger(name='timm/vit_giant_patch14_224', classes=3, image_size=28)
+    path = stranger(header(name='timm/vit_giant_patch14_224', classes=3, image_size=28))
     refused(lambda: load_classifier(path), str(path), 'name the right model')
     for odd in (dict(image_size=10**5), dict(image_size='32'), dict(classes=10**9), dict(width=4), dict(image_size=0)):
-        with pytest.raises(BdnbError) as e: load_classifier(stranger(**dict(name='timm/test_vit', classes=3, image_size=32) | odd))
+        with pytest.raises(BdnbError) as e: load_classifier(stranger(header(name='timm/test_vit', classes=3, image_size=32) | odd))
         assert str(path) in str(e.value) and 'a network was built' not in str(e.value)
 
 
 def test_tables_that_are_not_saved_count(stranger, no_storage):
     "LeViT's grow with the fourth power of the side: ten billion numbers at 4096 px, beside nine million weights."
     assert check_network('timm/levit_128s', 3, None, 4096) > 10**10
-    path = stranger({'a': torch.zeros(9_000_000, dtype=torch.int8)}, name='timm/levit_128s', classes=3, image_size=4096)
+    path = stranger(header(name='timm/levit_128s', classes=3, image_size=4096), {'a': torch.zeros(9_000_000, dtype=torch.int8)})
     refused(lambda: load_classifier(path), str(path), 'name the right model')
 
 

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 import open_clip
 from safetensors.torch import save_file
+from conftest import refused
 from bdnb.core import BdnbError
 from bdnb.models import classifiers
 from bdnb.models.build import (ClipModel, Tokenizer, causal_text, clip_numbers, count_numbers, create_model, is_file_name,
                                laid_out, list_models)
-from bdnb.models.checkpoint import read_header, write_tensors
+from bdnb.models.checkpoint import read_header
 from bdnb.models.classifiers import check_network, create_classifier, load_classifier, save_classifier
 from bdnb.models.encoders import create_encoder, encoder_layout, load_encoder, save_encoder
 
@@ -146,25 +147,6 @@ def test_no_network_fails_fast():
     assert 'Retrying' not in done.stderr
 
 # ---- encoders and classifiers from a stranger's file
-
-def refused(f, *words):
-    with pytest.raises(BdnbError) as e: f()
-    assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), e.value
-
-@pytest.fixture
-def stranger(tmp_path):
-    "Writes a header and tensors; returns the path."
-    def write(header, tensors=None): return write_tensors(tensors or {'a': torch.zeros(3)}, tmp_path/'odd.safetensors', header)
-    return write
-
-@pytest.fixture
-def no_storage(monkeypatch):
-    "Any network that is built with storage fails."
-    def stop(self, name, p):
-        assert p is None or p.is_meta, 'a network was built'
-        return register(self, name, p)
-    register = torch.nn.Module.register_parameter
-    monkeypatch.setattr(torch.nn.Module, 'register_parameter', stop)
 
 GIANTS = [dict(name='resnet34/small', width=4096, image_size=32), dict(name='vit_base/1', image_size=2048),
           dict(name='torchvision/regnet_y_128gf', image_size=224), dict(name='vit_tiny/1', image_size=4096)]
