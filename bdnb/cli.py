@@ -17,7 +17,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import BdnbError, did_you_mean, read_json, write_json
+from .core import BdnbError, did_you_mean, read_json, read_options, split_commas, write_json
 
 # %% ../nbs/app/02_cli.ipynb #09a5957c
 app = typer.Typer(name='bdnb', add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
@@ -555,10 +555,8 @@ def _bcu_options(o):
 
 def _ratios(text):
     "'stage4=.3,head=.1' -> shares by stage or layer."
-    pairs = [w.partition('=') for w in _names(text)]
-    try: found = {k: float(v) for k, _, v in pairs}
-    except ValueError: found = {}
-    if not found or '' in found:
+    found = read_options(text, '--ratios, such as head=.1')
+    if not found or not all(type(v) in (int, float) for v in found.values()):
         raise BdnbError(f'--ratios {text!r}: needs layers and shares with commas between, such as head=.1')
     return found
 
@@ -826,7 +824,7 @@ def _attacks(text):
     from bdnb.study import TABLE_ATTACKS
     if text == 'all': return list(TABLE_ATTACKS)
     out = []
-    for w in _names(text):
+    for w in split_commas(text or ''):
         if out and ':' in out[-1] and '=' in w and ':' not in w.split('=')[0]: out[-1] += f',{w}'
         else: out.append(w)
     return out

@@ -25,7 +25,6 @@ they do; of poisons that the classifier clears it is the map's answer. Goals: 30
 gradient's map, and a tenth of the full search's wall time at the same recall. On a busy machine read the CPU seconds.
 """
 import argparse
-import json
 import os
 import re
 import shlex
@@ -40,7 +39,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bdnb.attacks.patches import coverage, iou
-from bdnb.core import BdnbError, limit_threads, read_json, stamp, write_json
+from bdnb.core import BdnbError, limit_threads, read_json, read_options, stamp, write_json
 from bdnb.defenses.findings import FOUND, Scan
 from bdnb.defenses.patchsearch import PatchSearch, PatchSearchRun
 from bdnb.defenses.poisoncam import PoisonCAM, Search, cluster_counts
@@ -57,17 +56,6 @@ FULL, OURS, FAST = 'poisoncam full', 'poisoncam', 'poisoncam fast'
 SIDES = {RELEASED: (PatchSearch, dict(as_released=True)), REPAIRED: (PatchSearch, {}), FINE: (PatchSearch, dict(layer='layer2')),
          FULL: (PoisonCAM, dict(search='all', sequential=False)), OURS: (PoisonCAM, {}),
          FAST: (PoisonCAM, dict(masks='coarse'))}
-
-
-def settings_of(text):
-    "'class_rate=.5,epochs=45' -> dict."
-    def value(v):
-        for read in (json.loads, float):
-            try: return read(v)
-            except ValueError: pass
-        return v
-    pairs = [w.partition('=') for w in filter(None, (text or '').split(','))]
-    return {k.strip(): value(v.strip()) for k, _, v in pairs}
 
 
 def victim(folder, changes=()):
@@ -274,7 +262,7 @@ def chosen(p, text, known, what):
 def victims(o):
     "The cases of all folders, each announced."
     for folder in o.folders.split(','):
-        case = victim(folder, settings_of(o.recipe))
+        case = victim(folder, read_options(o.recipe, '--recipe'))
         print(f'{case.attack}, seed {case.seed}', file=sys.stderr)
         yield case
 

@@ -443,7 +443,7 @@ def test_the_race_reads_a_victims_folder_and_its_columns_add_up(tmp_path, monkey
     write_json(folder/'training.json', dict(seconds=1.))
     write_json(folder/'row-none.json', dict(before=dict(ca=.9, pa=.8, asr=.1, fp=.0)))
     write_json(tmp_path/'study.json', dict(recipe=asdict(make_ssl_study(n=120, epochs=7))))
-    case = race.victim(folder, race.settings_of('class_rate=.5'))
+    case = race.victim(folder, dict(class_rate=.5))
     assert (case.attack, case.seed, case.study.class_rate, case.study.ssl.epochs) == ('patch:pattern=10', 3, .5, 7)
     row = race.measure(case, race.OURS, PoisonCAM(window=.34, clusters=4, tests=16, look=4, filter=quick))
     stages = row['stages'].values()

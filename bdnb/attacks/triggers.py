@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..core import BdnbError, derive_seed, did_you_mean, hash_normal, hash_uniform, read_json, write_json
+from ..core import BdnbError, derive_seed, did_you_mean, hash_normal, hash_uniform, read_json, read_options, write_json
 from ..data.images import decode_image, fit_image
 
 # %% ../../nbs/attacks/00_triggers.ipynb #9e091db9
@@ -153,24 +153,10 @@ def register_trigger(name:str, source:str=''):
         return cls
     return wrap
 
-def _value(text):
-    "An option's value as written on a command line: number, fraction, true/false or word."
-    if text.lower() in ('true', 'false'): return text.lower() == 'true'
-    for kind in (int, float):
-        try: return kind(text)
-        except ValueError: continue
-    a, slash, b = text.partition('/')
-    return int(a) / int(b) if slash and a.isdecimal() and b.isdecimal() and int(b) else text
-
 def _parse(spec):
     "`name:key=value,key=value` -> (name, options)"
     name, _, rest = spec.partition(':')
-    options = {}
-    for part in filter(None, (p.strip() for p in rest.split(','))):
-        key, equals, value = part.partition('=')
-        if not equals: raise BdnbError(f'trigger {name}: {part!r} is not option=value')
-        options[key.strip()] = _value(value.strip())
-    return name.strip(), options
+    return name.strip(), read_options(rest, f'trigger {name.strip()}')
 
 # %% ../../nbs/attacks/00_triggers.ipynb #677e22a8
 def make_trigger(
