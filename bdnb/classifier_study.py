@@ -134,14 +134,17 @@ class Pool:
     data:str=None            # another corpus instead
     n:int=None               # so many pictures of it
     poisoned:float=0.        # share of them that carry the trigger (and, for cures with labels, the target's label)
+    beside:str=None          # a corpus of other things, for cures without labels to learn from as well
     def tag(self): # for folders
         name = re.sub('[^a-zA-Z0-9_.-]', '-', pool_name(self.data)) if self.data else ''
         if name: name += '-' + hashlib.sha256(self.data.encode()).hexdigest()[:6]       # others may end alike
-        parts = [name, f'n{self.n}' if self.n else '', f'p{self.poisoned:g}' if self.poisoned else '']
+        parts = [name, f'n{self.n}' if self.n else '', f'p{self.poisoned:g}' if self.poisoned else '',
+                 'with-' + hashlib.sha256(self.beside.encode()).hexdigest()[:10] if self.beside else '']
         return '+'.join(p for p in parts if p)
     def fields(self): # for rows
-        return {} if self == Pool() else dict(pool=pool_name(self.data) if self.data else 'held out', pool_n=self.n,
-                                              pool_poisoned=self.poisoned)
+        if self == Pool(): return {}
+        more = dict(beside=pool_name(self.beside)) if self.beside else {}
+        return dict(pool=pool_name(self.data) if self.data else 'held out', pool_n=self.n, pool_poisoned=self.poisoned, **more)
 
 def pool_name(data):
     more = ''.join(data.partition('?')[1:])
@@ -229,12 +232,14 @@ class ClassifierCase:
         r, (model, trigger, _), (_, pool, test) = self.recipe, self.victim(), self.data()
         defense = self.defense(system, choice)
         pool = fill_pool(choice, pool, r.image_size, self.seed, trigger, r.target)
-        got = defense.cleanse(model, pool, out=folder, checkpoint_every=500, quiet=self.quiet)
+        others = dict(beside=open_corpus(choice.beside).cache(r.image_size)) if choice.beside else {}     # rivals have no such thing
+        got = defense.cleanse(model, pool, out=folder, checkpoint_every=500, quiet=self.quiet, **others)
         (folder/'checkpoint.pt').unlink(missing_ok=True)
         save_classifier(model, folder/'model.safetensors')
         write_json(folder/'config.json', dict(system=system, settings=asdict(defense)))
         more = {k: getattr(got, k) for k in ('scale', 'agreement', 'probes') if getattr(got, k, None) not in (None, ())}
-        return evaluate_classifier(model.eval(), test, trigger, r.target), dict(seconds=got.seconds, pictures=len(pool), **more)
+        pictures = len(pool) + sum(len(c) for c in others.values())
+        return evaluate_classifier(model.eval(), test, trigger, r.target), dict(seconds=got.seconds, pictures=pictures, **more)
 
     def clean(self): # (metrics, what else there is to say); all attacks of a seed share this classifier
         "A classifier that never saw poison, asked about this attack's pictures."
@@ -287,12 +292,15 @@ def check_tour(attacks, defenses, seeds, pools, recipe):
     labelled = [d for d in cures if split_system(d)[0] not in UNLABELLED]
     for p in pools:
         if not 0 <= p.poisoned < 1: raise BdnbError(f"pool: poisoned={p.poisoned}: give a share from 0 to below 1")
-        if p.data and labelled: raise BdnbError(f"pool {p.data}: {labelled[0]} needs the victim's labels; without them: "
-                                                f"{', '.join(UNLABELLED)}")
+        if (p.data or p.beside) and labelled:
+            raise BdnbError(f"pool {p.data or p.beside}: {labelled[0]} needs the victim's labels; without them: "
+                            f"{', '.join(UNLABELLED)}")
 
 def check_pools(pools, opened):
     "`BdnbError` for a pool that has not so many pictures, before a victim is trained."
-    for p in pools: choose_n(p, open_corpus(p.data) if p.data else opened()[1])
+    for p in pools:
+        choose_n(p, open_corpus(p.data) if p.data else opened()[1])
+        if p.beside: open_corpus(p.beside)
 
 def classifier_tour(out, # folder for models, logs and rows; a finished row is never made again
                     data='shapes', # 'shapes', or a corpus specification of the training set
@@ -324,9 +332,11 @@ def classifier_tour(out, # folder for models, logs and rows; a finished row is n
     if results: write_json(results, {'study': Path(results).stem, **stamp(), 'recipe': asdict(recipe), 'rows': rows})
     return rows
 
+# %% ../nbs/app/03_classifier_study.ipynb #c5463fb5
 def told(row)->str:
     "A row in one line."
     pool = f"@{row['pool']} {row['pool_n'] or ''} {row['pool_poisoned'] or ''}".rstrip() if 'pool' in row else ''
+    if 'beside' in row: pool += f" + {row['beside']}"
     more = f", scale {row['scale']:g}, agreement {row['agreement']:.1%}" if row.get('agreement') is not None else ''
     if row['system'] == 'none' and row.get('rate'): more += f", {row['rate']:.2%} of the training set poisoned"
     return (f"{row['data']} {row['attack']} seed {row['seed']}: {row['system'] + pool:16} CA {row['after']['ca']:6.1%} "
@@ -347,6 +357,7 @@ def study_options(args=None):
     p.add_argument('--pools', nargs='+', default=['own'], help='what the cures get: own, the held-out pictures, or other corpora')
     p.add_argument('--pool-n', nargs='+', type=int, default=[None], help='and how many pictures of each')
     p.add_argument('--pool-poisoned', nargs='+', type=float, default=[0.], help='and the share that carries the trigger')
+    p.add_argument('--beside', nargs='+', default=[None], help='and corpora of other things to learn from as well')
     p.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE', help='changes of the recipe, e.g. width=64 epochs=60')
     p.add_argument('--name', help='what the rows call the data')
     p.add_argument('--results', help='JSON file for the rows')
@@ -360,7 +371,8 @@ def main(args=None)->int: # exit code
     try:
         limit_threads()
         recipe = make_classifier_recipe(o.recipe, **read_options(o.set, '--set'))
-        pools = [Pool(None if d == 'own' else d, n, p) for d in o.pools for n in o.pool_n for p in o.pool_poisoned]
+        pools = [Pool(None if d == 'own' else d, n, p, b) for d in o.pools for n in o.pool_n for p in o.pool_poisoned
+                 for b in o.beside]
         attacks = TABLE_CLASSIFIER_ATTACKS if o.attacks == ['all'] else o.attacks
         classifier_tour(o.out, o.data, o.test, attacks, o.defenses, o.seeds, pools, o.results, recipe,
                         o.name or (None if o.recipe == 'shapes' else o.recipe), o.quiet)

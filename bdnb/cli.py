@@ -587,17 +587,20 @@ def _judge(net, held, trigger, target, quiet, probe=None):
     return metrics, counts(held, target, metrics)
 
 # %% ../nbs/app/02_cli.ipynb #bcucli02
-def _cure_unlabelled(run, net, defense, pool, held, stamp, goal, quiet, **options):
+def _lost(*corpora): return [s for c in corpora if c is not None for s in c.skipped]
+
+def _cure_unlabelled(run, net, defense, pool, held, stamp, goal, quiet, beside=None, **options):
     "Measure, cleanse, measure, write: (page, what was measured)."
     result = dict(target=goal)
     if held is not None: result['before'], _ = _judge(net, held, stamp, goal, quiet)
-    done = defense.cleanse(net, pool, out=run, quiet=quiet, **options)
+    done = defense.cleanse(net, pool, out=run, quiet=quiet, beside=beside, **options)
     result |= dict(seconds=round(done.seconds, 1), scale=done.scale, agreement=done.agreement, probes=done.probes,
                    doubt=done.doubt)
     if held is not None:
         result['after'], result['counts'] = _judge(net.eval(), held, stamp, goal, quiet)
-    about = dict(cleansed_by=repr(defense), cleansed_on=pool.name, scale=done.scale, agreement=done.agreement)
-    return finish(run, result, net, shots(held, stamp, net.image_size), pool.skipped, **about), result
+    names = pool.name if beside is None else f'{pool.name} and {beside.name}'
+    about = dict(cleansed_by=repr(defense), cleansed_on=names, scale=done.scale, agreement=done.agreement)
+    return finish(run, result, net, shots(held, stamp, net.image_size), _lost(pool, beside), **about), result
 
 def _show_scales(title, result):
     "Print what BCU's reset cost, and what speaks against relying on it."
@@ -619,25 +622,26 @@ def _unlabelled(o):
     net = load_any(o['checkpoint'], **_described(o)).to(pick_device(o['device'], learns=True))
     refuse(o, 'test', 'an encoder names nothing to measure', isinstance(net, Encoder))
     refuse(o, 'target', _NO_TRIGGER, stamp is None and isinstance(net, Classifier))
-    defense, spec = bcu_for(net, **options), o['images']
+    defense, named = bcu_for(net, **options), lambda s: s if s is None or ':' in s else f'folder:{s}'
     defense.check(net)
-    pool = open_at(spec if ':' in spec else f'folder:{spec}', net.image_size)
+    pool, others = (open_at(named(o[k]), net.image_size) for k in ('images', 'beside'))
     if defense.scale != 'auto' and len(pool) < 10: defense = replace(defense, held_out=0)          # nothing to spare
     held = open_at(o['test'], net.image_size)
     check_target(held, goal)
     config = describe_run('cleanse', f"bcu on {Path(o['checkpoint']).name}", {**o, **vars(defense)}, pool)
     with running(out, config, o['resume']) as run:
         page, result = _cure_unlabelled(run, net, defense, pool, held, stamp, goal, quiet, device=_stay(o['device']),
-                                        resume=o['resume'], checkpoint_every=o['checkpoint_every'])
+                                        resume=o['resume'], checkpoint_every=o['checkpoint_every'], beside=others)
     if page is None: return                                           # the first process speaks for all
     if held is not None: _show_both(f'BCU on {held.name}', result)
     _show_scales(f'BCU on {pool.name}', result)
-    ended(page, pool.skipped)
+    ended(page, _lost(pool, others))
 
 # %% ../nbs/app/02_cli.ipynb #d7722d15
 @app.command()
 def cleanse(checkpoint:_O.checkpoint, data:_option(str, '--data', help='Clean pictures with captions.')=None,
             images:_option(str, '--images', help='Method bcu: a folder (or corpus) of pictures, no labels needed.')=None,
+            beside:_option(str, '--beside', help='Method bcu: more pictures, of other things, to learn from as well.')=None,
             out:_O.out=Path('runs/cleanse'),
             method:_option(str, '--method', help='cleanclip, finetune, bcu.')='cleanclip', epochs:_O.epochs=None, lr:_O.lr=None,
             batch_size:_O.batch_size=None,
@@ -660,7 +664,7 @@ def cleanse(checkpoint:_O.checkpoint, data:_option(str, '--data', help='Clean pi
     check_choice('--method', method, ['cleanclip', 'finetune', 'bcu'])
     if method == 'bcu': return _unlabelled(options)
     if data is None: raise BdnbError(f'--data: method {method!r} needs clean pictures with captions; or --method bcu --images')
-    refuse(options, 'images scale ratios classes width size mean std', 'only for --method bcu')
+    refuse(options, 'images beside scale ratios classes width size mean std', 'only for --method bcu')
     refuse(options, 'trigger target plan probe', _NO_TEST, test is None)
     from bdnb.models.checkpoint import load_checkpoint
     check_learning(schedule, precision)

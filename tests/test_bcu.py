@@ -336,6 +336,19 @@ def test_the_teacher_is_asked_once_for_probes_and_run(pool, monkeypatch):
     assert len(asked) == 1
 
 
+def test_pictures_of_other_things_are_learned_from_and_not_measured_on(pool, monkeypatch):
+    "Those beside the pool come into the steps; what is held out is the pool's own."
+    other, held, known = ArrayCorpus(ShapeCaps(20, seed=1).images, pool.keys[:20], [0]*20, name='other'), [], []
+    agrees, asked = BCU.agreement, BCU.answers
+    monkeypatch.setattr(BCU, 'agreement', lambda s, m, t, c: (held.append(list(c.keys)), agrees(s, m, t, c))[1])
+    monkeypatch.setattr(BCU, 'answers', lambda s, t, c: (known.append(c), asked(s, t, c))[1])
+    models = [slim() for _ in range(2)]
+    found = [quick(held_out=.25).cleanse(m, pool, quiet=True, device='cpu', beside=b) for m, b in zip(models, (None, other))]
+    assert held[0] == held[1] and len(held[0]) == 9 and set(held[0]) <= set(pool.keys)
+    assert [f.history.last('step') for f in found] == [2*2, 2*3] and not same(*map(state, models))
+    assert len(known[1]) == 27 + 20 and known[1].labels is None and torch.equal(known[1].images[27:], other.images)
+
+
 def test_a_pool_of_other_channels_or_too_few_pictures(pool, tmp_path):
     with pytest.raises(BdnbError, match=r'grey: images must be uint8 \[N, 3'):
         ArrayCorpus(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), name='grey')

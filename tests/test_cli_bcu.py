@@ -10,7 +10,7 @@ from bdnb.cli import main
 from bdnb.core import read_json
 from bdnb.data.shapes import ShapeCaps
 from bdnb.models.build import create_model
-from bdnb.models.checkpoint import save_checkpoint
+from bdnb.models.checkpoint import read_tensors, save_checkpoint
 from bdnb.models.classifiers import create_classifier, load_classifier, save_classifier
 from bdnb.models.encoders import create_encoder, load_encoder, save_encoder
 
@@ -85,6 +85,17 @@ def test_without_a_test_set_it_says_what_can_be_seen(files, run, tmp_path):
     assert code == 0 and out.count('probe of') == len(done['probes']) >= 2 and 'asr' not in out, err
     assert (done['scale'] <= 4) == bool(done['doubt']) == ('only a small reset' in err), err
     assert 'before' not in done and done['scale'] in (1, 2, 4, 8, 16, 32) and (tmp_path/'auto'/'report.html').exists()
+
+
+def test_pictures_of_other_things_beside(files, run, tmp_path):
+    line = f'cleanse {files}/model.safetensors --method bcu --images {files}/few --scale 1 {quick}'
+    code, out, err = run(f'{line} --beside {files}/mixed --out {tmp_path}/both')
+    assert code == 0 and '1 samples were left out' in err and 'cut.png' in err, err
+    assert f'{files}/few and {files}/mixed' in str(read_tensors(tmp_path/'both'/'model.safetensors')[1])
+    assert run(f'{line} --out {tmp_path}/few')[0] == 0
+    assert not same(*(weights(tmp_path/n/'model.safetensors') for n in ('both', 'few')))
+    code, _, err = run(f'{line} --beside {files}/none --out {tmp_path}/none')
+    assert code == 2 and 'none' in err and not (tmp_path/'none').exists(), err
 
 
 @pytest.mark.parametrize('name', ['grey', 'large', 'mixed'])
@@ -251,3 +262,4 @@ def test_another_corpus_need_not_have_the_groups(tmp_path):
     case = ClassifierCase(tmp_path, 'badnets', 0, make_classifier_recipe('gtsrb_slim'), None, True)
     assert case.defense('bcu', Pool()).group == '(.*)_[0-9]+' and case.defense('bcu', Pool('folder:x')).group is None
     assert case.defense('nad', Pool('folder:x')).epochs == 15
+    assert case.defense('bcu', Pool(beside='folder:x')).group == '(.*)_[0-9]+'                 # measured on the study's own

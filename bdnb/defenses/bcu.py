@@ -6,7 +6,7 @@
 __all__ = ['LAYERS', 'RATIOS', 'RELEASED', 'SMALL_SCALE', 'called_layers', 'stage_numbers', 'route', 'own_keys', 'stage_share',
            'plan_reset', 'check_ratios', 'plan_released', 'known_network', 'fresh_network', 'reset_weights',
            'stage_totals', 'agreement', 'chance_agreement', 'largest_scale', 'Recovered', 'BCU', 'distil', 'pick_scale',
-           'picked', 'cleanse', 'hold_out']
+           'picked', 'cleanse', 'hold_out', 'with_others']
 
 # %% ../../nbs/defenses/04_bcu.ipynb #cb07b7a8
 import copy, time, warnings
@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from ..core import BdnbError, derive_seed, did_you_mean, read_json, rng, write_json
 from ..data.batches import Batches
+from ..data.corpus import merge
 from .cleanclip import Cleansed
 from .findings import contents
 from ..evaluate import as_arrays, measuring
@@ -341,6 +342,7 @@ def cleanse(self:BCU,
             out=None, # run folder: log and checkpoint
             checkpoint_every=None, # optimiser steps
             quiet=False, # no progress bar
+            beside=None, # more pictures, of whatever: learned from, never measured on
             **options, # more for `fit`, e.g. device, on_epoch
            ) -> Recovered:
     "Reset and distil. Raises `BdnbError` for an empty pool, a network that cannot be routed, or a loss that is not finite."
@@ -348,6 +350,7 @@ def cleanse(self:BCU,
     self.check(model)
     share = self.held_out if self.scale != 'auto' else self.held_out or .1
     corpus, held = hold_out(corpus, share, model.image_size, self.seed, self.group)
+    if beside is not None: corpus = with_others(corpus, beside, model.image_size)
     teacher = copy.deepcopy(model).requires_grad_(False).eval().to(run_device(options.get('device')))
     scale, probes = self.scale, ()
     with put_back(model):
@@ -372,5 +375,9 @@ def hold_out(corpus, share, size:int, seed:int, group:str=None)->tuple: # (to te
                         "give more, or a scale (`--scale 4`) and held_out=0")
     held, rest = corpus.split(share, seed, group)
     return rest, held
+
+def with_others(corpus, beside, size:int): # an `ArrayCorpus`
+    "The pool and pictures of other things, without labels."
+    return as_arrays(merge([c._with(labels=None, classes=None) for c in (corpus, as_arrays(beside, size))]), size)
 
 BCU.cleanse = cleanse
