@@ -232,7 +232,7 @@ class ClassifierCase:
         r, (model, trigger, _), (_, pool, test) = self.recipe, self.victim(), self.data()
         defense = self.defense(system, choice)
         pool = fill_pool(choice, pool, r.image_size, self.seed, trigger, r.target)
-        others = dict(beside=open_corpus(choice.beside).cache(r.image_size)) if choice.beside else {}   # rivals know no such thing
+        others = dict(beside=open_corpus(choice.beside).cache(r.image_size)) if choice.beside else {}   # rivals know none
         got = defense.cleanse(model, pool, out=folder, checkpoint_every=500, quiet=self.quiet, **others)
         (folder/'checkpoint.pt').unlink(missing_ok=True)
         save_classifier(model, folder/'model.safetensors')
