@@ -118,7 +118,7 @@ def ssl_data(data, # 'wallpapers', or a corpus specification of the training set
     train, test = (open_corpus(s).cache(S) for s in (data, test))
     return train, train if probe is None else open_corpus(probe).cache(S), test
 
-# %% ../nbs/app/04_ssl_study.ipynb #653a8b4d
+# %% ../nbs/app/04_ssl_study.ipynb #0d04bd42
 def scan_quality(found, boxes, truth)->dict: # of numbers; what nothing can be said of is left out
     "How good findings are against the truth: boxes int64 [N, 4], truth bool [N]."
     where, quality = found.localisation(boxes), found.filter_quality(truth)
@@ -129,6 +129,7 @@ def scan_quality(found, boxes, truth)->dict: # of numbers; what nothing can be s
     if int(found.searched.sum()): said['precision@20'] = found.precision_at(20, truth)
     return {k: v for k, v in said.items() if v == v}
 
+# %% ../nbs/app/04_ssl_study.ipynb #653a8b4d
 @dataclass
 class SslCase:
     "One trigger on one seed's data."
@@ -171,29 +172,32 @@ class SslCase:
         make = self.reference if system.startswith('clean') else self.victim
         return make(again=system.endswith(AGAIN))
 
-    def detector(self, system):
-        name = system.removesuffix(ERASE)
-        return make_detector(name, **{'seed': self.seed, **self.study.detectors.get(name, {})})
+# %% ../nbs/app/04_ssl_study.ipynb #f72a2f28
+def _detector(self:SslCase, system):
+    name = system.removesuffix(ERASE)
+    return make_detector(name, **{'seed': self.seed, **self.study.detectors.get(name, {})})
 
-    def settings(self, system)->dict: # as JSON reads them back; None for a control
-        "All numbers of a detector, as a row keeps them."
-        if system in CONTROLS + AGAINS: return None
-        how = self.detector(system)
-        return json.loads(json.dumps(asdict(replace(how, filter=how.recipe(self.study.ssl.image_size)))))
+def _settings(self:SslCase, system)->dict: # as JSON reads them back; None for a control
+    "All numbers of a detector, as a row keeps them."
+    if system in CONTROLS + AGAINS: return None
+    how = self.detector(system)
+    return json.loads(json.dumps(asdict(replace(how, filter=how.recipe(self.study.ssl.image_size)))))
 
-    def detect(self, system)->tuple: # (Findings, its measures, seconds)
-        truth, out = self.poisoned(), self.folder/system.removesuffix(ERASE)
-        found = self.detector(system).scan(truth.corpus, self.victim()[0], out=out, quiet=self.quiet)
-        return found, scan_quality(found, truth.boxes, truth.mask), sum(found.evidence['seconds'].values())
+def _detect(self:SslCase, system)->tuple: # (Findings, its measures, seconds)
+    truth, out = self.poisoned(), self.folder/system.removesuffix(ERASE)
+    found = self.detector(system).scan(truth.corpus, self.victim()[0], out=out, quiet=self.quiet)
+    return found, scan_quality(found, truth.boxes, truth.mask), sum(found.evidence['seconds'].values())
 
-    def retrained(self, system, found):
-        "(encoder, seconds) after what was found has been removed or erased. Where nothing was found, it is the victim."
-        if found.keep.all(): return self.victim()                         # nothing to clean: nobody trains again
-        pile, erase = self.poisoned().corpus, system.endswith(ERASE)
-        clean = lambda: erase_windows(pile, found, seed=self.seed) if erase else pile.subset(found.keep.numpy())
-        chosen = found.keep, *([found.window[~found.keep]] if erase else [])
-        kept = _digest(v.cpu().contiguous().numpy().tobytes() for v in chosen)
-        return self.encoder(self.folder/system/'retrained', clean, again=True, kept=kept)
+def _retrained(self:SslCase, system, found):
+    "(encoder, seconds) after what was found has been removed or erased. Where nothing was found, it is the victim."
+    if found.keep.all(): return self.victim()                         # nothing to clean: nobody trains again
+    pile, erase = self.poisoned().corpus, system.endswith(ERASE)
+    clean = lambda: erase_windows(pile, found, seed=self.seed) if erase else pile.subset(found.keep.numpy())
+    chosen = found.keep, *([found.window[~found.keep]] if erase else [])
+    kept = _digest(v.cpu().contiguous().numpy().tobytes() for v in chosen)
+    return self.encoder(self.folder/system/'retrained', clean, again=True, kept=kept)
+
+SslCase.detector, SslCase.settings, SslCase.detect, SslCase.retrained = _detector, _settings, _detect, _retrained
 
 # %% ../nbs/app/04_ssl_study.ipynb #1685ef93
 def _make(self:SslCase, system, retrain=True)->dict:
@@ -218,12 +222,13 @@ def _finished(path, settings)->dict: # None: to be made
     "A row from the disk. One of other settings of its detector is not used, one that does not tell them is; both are said."
     if not path.exists(): return
     row = read_json(path)
-    was = settings if settings is None else row.get('settings')
-    if was == settings: return row
+    if settings is None: return row
+    was = row.get('settings')
     if was is None:
         warnings.warn(f'{path}: does not say which settings its detector had; it is used as it is. Delete it to scan again')
         return row
-    k = next(k for k in {**settings, **was} if was.get(k) != settings.get(k))
+    k = next((k for k in {**settings, **was} if was.get(k) != settings.get(k)), None)      # a new option may be None: none
+    if k is None: return row
     warnings.warn(f'{path}: was made with {k}={was.get(k)!r}, not {settings.get(k)!r}; the scan is done again')
 
 def _row(self:SslCase, system, retrain=True)->dict:

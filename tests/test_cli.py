@@ -359,7 +359,7 @@ mistakes = {
     'ssl: idle encoder': ("attack {s} --mode ssl --trigger patch --count 5 --select random --encoder x", ['--encoder', 'features']),
     'ssl: idle clusters': ("attack {s} --mode ssl --trigger patch --target star --count 5 --clusters 3", ['--clusters', 'kmeans']),
     'ssl: missing encoder': ("attack {s} --mode ssl --trigger patch --count 5 --select con --encoder {bad}/e.safetensors",
-                             ['e.safetensors', 'no such file']),
+                             ['e.safetensors', 'no such checkpoint file']),
     'ssl options elsewhere': ("attack {s} --trigger badnet --target star --class-rate .5", ['--class-rate', '--mode ssl']),
     'ssl plan: evaluate': ("evaluate {tiny} {s} --plan {bad}/ssl.json", ['ssl.json', '--trigger and --target']),
     'ssl plan: train': ("train {s} --plan {bad}/ssl.json", ['ssl.json', 'train on its pictures']),

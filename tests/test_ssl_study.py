@@ -61,6 +61,10 @@ def test_a_row_belongs_to_its_detectors_settings(tour):
     assert trained == [35] and other['after']['removed'] == 5 and len(said) == 1
     assert 'row-blunt.json: was made with many=3, not 5; the scan is done again' in said[0]
     assert tour(many=5) == (other, [], [])
+    newer = {**other, 'settings': {**other['settings'], 'gone': None}}              # an option of other days that says nothing
+    write_json(tour.folder/'row-blunt.json', newer)
+    again, trained, said = tour(many=5)
+    assert again['settings'] == newer['settings'] and not trained and not said
 
 
 def test_a_scan_of_other_settings_leaves_a_row_with_a_training_alone(tour):
