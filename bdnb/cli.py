@@ -295,14 +295,20 @@ class _O:
     quiet = _flag('--quiet', '-q', help='No progress bars.')
 
 # %% ../nbs/app/02_cli.ipynb #fd4f2587
+def _load_plan(path):
+    "A `Poisoning` from a file. `BdnbError` for a plan of `bdnb attack --mode ssl`: it has no captions or labels to aim with."
+    from bdnb.attacks.poisoning import Poisoning
+    if isinstance(said := read_json(path), dict) and 'select' in said:
+        raise BdnbError(f'{path}: is of --mode ssl; train on its pictures, and measure with --trigger and --target')
+    return Poisoning.load(path)
+
 def aim(trigger, target, plan):
     "(trigger or None, target or None) from --trigger and --target, or from --plan."
-    from bdnb.attacks.poisoning import Poisoning
     from bdnb.attacks.triggers import make_trigger
     if plan is not None:
         if trigger is not None or target is not None:
             raise BdnbError('--plan gives trigger and target: leave out --trigger and --target')
-        p = Poisoning.load(plan)
+        p = _load_plan(plan)
         return p.trigger, p.target
     if trigger is not None and target is None: raise BdnbError('--trigger needs --target: what is attack success otherwise?')
     return None if trigger is None else make_trigger(trigger), target
@@ -384,31 +390,70 @@ def shots(test, trigger, size, n=4):
     return {} if test is None or trigger is None else {f'{trigger}': pictures_of(test, trigger, n, size)}
 
 # %% ../nbs/app/02_cli.ipynb #c4be20ac
-def _plan(trigger, recipe, target, rate, count, mode, captions, seed):
-    "The `Poisoning` that the options of `bdnb attack` describe."
+def _plan(o):
+    "The plan that the options of `bdnb attack` describe."
     from bdnb.attacks.poisoning import make_attack
     from bdnb.attacks.triggers import make_trigger
+    trigger, recipe, target, captions = o['trigger'], o['recipe'], o['target'], o['captions'] or 'templates'
+    mode = None if o['mode'] is None else o['mode'].replace('-', '_')
     if (trigger is None) == (recipe is None): raise BdnbError('give either --trigger or --attack; `bdnb triggers` lists both')
-    if rate is not None and count is not None: raise BdnbError('give either --rate or --count')
     if trigger is not None: make_trigger(trigger)
+    check_choice('--mode', mode, ['dirty', 'label_consistent', 'ssl'])
+    if mode == 'ssl': return _ssl_plan(o)
+    refuse(o, 'class_rate select encoder clusters', 'only for --mode ssl')
+    if target is None: raise BdnbError('--target: name the class, word or phrase to aim at')
+    if o['rate'] is not None and o['count'] is not None: raise BdnbError('give either --rate or --count')
     if captions not in ('templates', 'keep'):
         if '{}' not in captions: raise BdnbError(f"--captions {captions!r}: needs templates, keep, or a text with {{}} in it")
         captions = (captions,)
-    more = {} if mode is None else dict(mode=mode.replace('-', '_'))
-    return make_attack(trigger or recipe, target, rate, seed, count, captions=captions, **more)
+    more = {} if mode is None else dict(mode=mode)
+    return make_attack(trigger or recipe, target, o['rate'], o['seed'], o['count'], captions=captions, **more)
 
-def _write_attack(folder, out, corpus, poisoned, config):
+def _ssl_plan(o):
+    "The plan that they describe with `--mode ssl`."
+    from bdnb.attacks.ssl import SELECTIONS, SslPoisoning
+    if o['trigger'] is None: raise BdnbError('--attack: its recipes are of captions and labels; give --trigger with --mode ssl')
+    refuse(o, 'captions', 'with --mode ssl nothing but pictures is changed')
+    select, shares = o['select'] or 'label', ('class_rate', 'rate', 'count')
+    check_choice('--select', select, list(SELECTIONS))
+    if sum(o[k] is not None for k in shares) != 1: raise BdnbError('--mode ssl: give one of --class-rate, --rate and --count')
+    by_label, looks = select == 'label', select not in ('label', 'random')
+    if by_label and o['target'] is None: raise BdnbError('--target: name the class to poison, or choose without labels: --select')
+    refuse(o, 'target', f'--select {select} aims at no class; leave it out', not by_label)
+    if looks and o['encoder'] is None: raise BdnbError(f'--select {select}: needs --encoder, by whose features it chooses')
+    refuse(o, 'encoder', f'--select {select} looks at no features', not looks)
+    idle = select != 'kmeans' and (by_label or o['class_rate'] is None)
+    refuse(o, 'clusters', 'only for --select kmeans, or a --class-rate without --target', idle)
+    return SslPoisoning(o['trigger'], o['target'], *(o[k] for k in shares), select, o['clusters'], o['seed'])
+
+# %% ../nbs/app/02_cli.ipynb #2f4c7045
+def _poison(plan, clean, encoder, size, quiet):
+    "(clean pictures in memory, the poisoned ones, what to say of them). What can be wrong is found before pictures are decoded."
+    from bdnb.attacks.poisoning import choose_rows
+    from bdnb.attacks.ssl import SslPoisoning
+    from bdnb.data.corpus import ArrayCorpus
+    from bdnb.models.encoders import encode, load_encoder
+    ssl, net = isinstance(plan, SslPoisoning), None if encoder is None else load_encoder(encoder).eval()
+    if net is None: plan.choose(clean) if ssl else choose_rows(plan, clean)
+    if size or not isinstance(clean, ArrayCorpus): clean = clean.cache(size or 224, progress=not quiet)
+    if not ssl: return clean, plan.apply(clean), plan.describe(clean)
+    pictures = None if net is None else clean.cache(net.image_size, progress=not quiet)
+    poisoned = plan.apply(clean, None if net is None else encode(net, pictures, device=pick_device(None), quiet=quiet))
+    return clean, poisoned, plan.describe(clean, shares=poisoned.shares)
+
+def _write_attack(folder, out, corpus, poisoned, text, config):
     "Fill the folder of an attack."
+    from bdnb.attacks.ssl import boxes_of, save_boxes
     from bdnb.data.export import corpus_to_csv
     from bdnb.report import pictures_of_attack, save_pictures, write_report
-    plan = poisoned.plan
+    plan, images = poisoned.plan, [f'images/{i:06d}.png' for i in poisoned.index]
     try: corpus_to_csv(poisoned.corpus, folder)
     except BdnbError as e: raise BdnbError(str(e).replace(str(folder), str(out))) from e
     plan.save(folder/'plan.json')
-    write_json(folder/'ground_truth.json', dict(plan=plan.to_json(), shares=poisoned.shares, keys=poisoned.keys,
-                                                images=[f'images/{i:06d}.png' for i in poisoned.index]))
-    notes, skipped = plan.describe(corpus).splitlines(), [list(s) for s in corpus.skipped]
-    write_json(folder/'config.json', {**config, 'notes': notes, 'skipped': skipped})
+    write_json(folder/'ground_truth.json', dict(plan=plan.to_json(), shares=poisoned.shares, keys=poisoned.keys, images=images,
+                                                size=list(corpus.image_size)))
+    save_boxes(folder/'boxes.csv', images, boxes_of(poisoned, corpus))
+    write_json(folder/'config.json', {**config, 'notes': text.splitlines(), 'skipped': [list(s) for s in corpus.skipped]})
     save_pictures(folder, {f'{plan.trigger}': pictures_of_attack(corpus, poisoned, 8)})
     write_report(folder)
 
@@ -425,39 +470,39 @@ def new_folder(out):
         raise
 
 @app.command()
-def attack(corpus:_O.corpus, target:_needed(str, '--target', help='The class, word or phrase to aim at.'),
-           out:_needed(Path, '--out', '-o', help='A new folder.'), trigger:_O.trigger=None,
+def attack(corpus:_O.corpus, out:_needed(Path, '--out', '-o', help='A new folder.'),
+           target:_option(str, '--target', help='The class, word or phrase to aim at.')=None, trigger:_O.trigger=None,
            recipe:_option(str, '--attack', help='A named attack instead of --trigger, see `bdnb triggers`.')=None,
            rate:_option(float, '--rate', help='Share of the corpus to poison; .02 by default.')=None,
            count:_option(int, '--count', help='Number of samples to poison, instead of --rate.')=None,
-           mode:_option(str, '--mode', help='dirty or label_consistent.')=None,
-           captions:_option(str, '--captions', help='Of dirty samples: templates, keep, or a text with {} in it.')='templates',
+           mode:_option(str, '--mode', help='dirty, label_consistent, or ssl: pictures alone, against self-supervision.')=None,
+           captions:_option(str, '--captions', help='Of dirty samples: templates (default), keep, or a text with {} in it.')=None,
+           class_rate:_option(float, '--class-rate', help='Mode ssl: share of the target class, instead of --rate.')=None,
+           select:_option(str, '--select', help='Mode ssl: label (default), random; by features: con, conp, conn, kmeans.')=None,
+           encoder:_option(str, '--encoder', help='And the weights of the encoder whose features choose.')=None,
+           clusters:_option(int, '--clusters', min=1, help='And how many classes there are, where labels do not tell.')=None,
            size:_option(int, '--size', help='Side of the pictures; 224, or what the corpus has in memory.')=None,
            seed:_O.seed=0, quiet:_O.quiet=False):
     "Poison a corpus: writes PNG files, captions.csv, plan.json, ground_truth.json and a report."
     options = dict(locals())
-    from bdnb.attacks.poisoning import choose_rows
-    from bdnb.data.corpus import ArrayCorpus
-    from bdnb.data.doors import open_corpus
-    plan = _plan(trigger, recipe, target, rate, count, mode, captions, seed)
+    from bdnb.data.doors import open_corpus, write_spec
+    plan = _plan(options)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BdnbError(f'{out}: already exists; choose a new folder as --out')
     if size is not None and size < 16: raise BdnbError(f'--size {size}: must be 16 or more')
-    clean = open_corpus(corpus)
-    choose_rows(plan, clean)                                    # before any picture is decoded
-    if size or not isinstance(clean, ArrayCorpus): clean = clean.cache(size or 224, progress=not quiet)
-    poisoned, text = plan.apply(clean), plan.describe(clean)
+    clean, poisoned, text = _poison(plan, open_corpus(corpus), encoder, size, quiet)
     with new_folder(out) as folder:
         config = describe_run('attack', f'{plan.trigger} in {clean.name}', options, clean)
-        _write_attack(folder, out, clean, poisoned, config)
+        _write_attack(folder, out, clean, poisoned, text, config)
     told(clean.skipped)
-    print(f"{plain(text.replace(chr(10), '; '))}\ntable: {out/'captions.csv'}\nreport: {out/'report.html'}")
+    bare = clean.texts is None and clean.labels is None                    # a table of pictures alone is none that opens
+    where = f"pictures: {write_spec('folder', out/'images')}" if bare else f"table: {out/'captions.csv'}"
+    print(f"{plain(text.replace(chr(10), '; '))}\n{where}\nreport: {out/'report.html'}")
 
 # %% ../nbs/app/02_cli.ipynb #e87704c1
 def _poisoned(corpus, plan):
     "The corpus with a plan applied on the fly."
-    from bdnb.attacks.poisoning import Poisoning
-    return corpus if plan is None else Poisoning.load(plan).apply(corpus).corpus
+    return corpus if plan is None else _load_plan(plan).apply(corpus).corpus
 
 def _train_set(spec, size, plan):
     "What `bdnb train` learns from. A plan needs decoded pictures: in a file, where they are too many for memory."
@@ -773,6 +818,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
          clusters:_option(str, '--clusters', help='How many, or several; by default one for 100, from 1,500 on also fewer.')=None,
          search:_option(str, '--search', help='patchsearch, adaptive or all.')=None,
          batch_size:_option(int, '--batch-size', min=1, help='Pictures in one pass; by default what fits their size.')=None,
+         truth:_option(Path, '--truth', help='Folder of a `bdnb attack`: also say how good the scan was.')=None,
          seed:_O.seed=0, device:_O.device=None, quiet:_O.quiet=False):
     "Find poisoned pictures in a corpus (PoisonCAM): findings, a clean list, a report."
     options = dict(locals())
@@ -789,6 +835,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
     given = dict(window=_shares('--window', window), clusters=counts, search=search, batch=batch_size)
     detector = PoisonCAM(seed=seed, **{k: v for k, v in given.items() if v is not None})
     pile = open_corpus(corpus)
+    known = _truth(truth, pile)
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not any((out/n).exists() for n in ('stages', 'encoder'))):
         raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
     then = read_json(out/'scan.json').get('corpus') if (out/'scan.json').exists() else None
@@ -802,6 +849,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
         found = scan_corpus(pictures(net.image_size), net, out, detector, command_line(), quiet, where, corpus, team)
     if team: team.close()
     if not _rank(): _show_scan(found, out)
+    if not _rank(): _show_truth(found, out, net.image_size, known)
 
 def _show_scan(found, out):
     "Print what a scan found, and where."
@@ -815,6 +863,38 @@ def _show_scan(found, out):
                                    ('forward passes', f"{sum(e['forwards'].values()):,}")], right=('',))
     if e.get('clean'): print(f"what was kept: {shlex.quote(plain(e['clean']))}")
     print(f"report: {out/'report.html'}")
+
+# %% ../nbs/app/02_cli.ipynb #61687159
+_TRUTHS = {'localisation': ('examined_poisons', 'Examined poisoned pictures whose window covers half of the trigger.'),
+           'precision@20': (None, 'Poisoned pictures among the 20 best scores.'),
+           'recall': ('poisoned', 'Poisoned pictures that are to be left out.'),
+           'precision': ('removed', 'Poisoned pictures among those to be left out.')}
+
+def _truth(folder, pile):
+    "(boxes by key, [height, width]) of the attack in a folder, or None. `BdnbError` when no picture of the corpus is in it."
+    from bdnb.attacks.ssl import load_boxes
+    if folder is None: return
+    boxes, size = load_boxes(folder)
+    if any(_box(boxes, k) for k in pile.keys): return boxes, size
+    raise BdnbError(f"--truth {folder}: none of its pictures is in this corpus; scan {folder/'captions.csv'}")
+
+def _box(boxes, key): return boxes.get(key) or boxes.get(f'images/{key}')       # read as a table, or as a folder
+
+def _show_truth(found, out, size, truth):
+    "Print and write how good a scan was. What an earlier one in this folder wrote goes away."
+    (out/'metrics.json').unlink(missing_ok=True)
+    if truth is None: return
+    import torch
+    from bdnb.attacks.patches import map_boxes
+    from bdnb.report import say
+    from bdnb.ssl_study import scan_quality
+    boxes, (h, w) = truth
+    at = [_box(boxes, k) for k in found.keys]
+    poisoned = torch.tensor([b is not None for b in at])
+    said = scan_quality(found, map_boxes(torch.tensor([b or [-1]*4 for b in at]), h, w, size), poisoned)
+    write_json(out/'metrics.json', said := dict(poisoned=int(poisoned.sum()), **said))
+    rows = [(k, say(k, said.get(k)), f'{said[of]:,}' if of else '', what) for k, (of, what) in _TRUTHS.items()]
+    show('Against the truth', ('measure', 'measured', 'out of', 'what it is'), rows, right=('measured', 'out of'))
 
 # %% ../nbs/app/02_cli.ipynb #0b7e6dc8
 def _names(text): return [w.strip() for w in (text or '').split(',') if w.strip()]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SSL_METHODS', 'SSL_STUDIES', 'AGAIN', 'CONTROLS', 'AGAINS', 'ERASE', 'SslStudy', 'make_ssl_study', 'ssl_plan',
-           'detectors', 'make_detector', 'ssl_data', 'SslCase', 'ssl_tour']
+           'detectors', 'make_detector', 'ssl_data', 'scan_quality', 'SslCase', 'ssl_tour']
 
 # %% ../nbs/app/04_ssl_study.ipynb #0bd36201
-import json, re
+import json, re, shutil, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from .models.encoders import load_encoder, save_encoder
 from .objectives.ssl import SslRecipe, train_encoder
 from .probe import evaluate_encoder, verdict
 from .study import data_name, peak_bytes, same_study
-from .train import run_device
+from .train import _digest, run_device
 
 # %% ../nbs/app/04_ssl_study.ipynb #d50ba9ec
 _SMALL = SslRecipe('mocov2', 'resnet10/half', 16, 32, 'global_local', 36, 64, .1, weight_decay=5e-4, warmup=30, queue=512,
@@ -118,6 +118,17 @@ def ssl_data(data, # 'wallpapers', or a corpus specification of the training set
     train, test = (open_corpus(s).cache(S) for s in (data, test))
     return train, train if probe is None else open_corpus(probe).cache(S), test
 
+# %% ../nbs/app/04_ssl_study.ipynb #0d04bd42
+def scan_quality(found, boxes, truth)->dict: # of numbers; what nothing can be said of is left out
+    "How good findings are against the truth: boxes int64 [N, 4], truth bool [N]."
+    where, quality = found.localisation(boxes), found.filter_quality(truth)
+    said = dict(localisation=where['localisation'], iou=where['iou'], examined_poisons=where['examined'],
+                recall=quality['recall'], precision=quality['precision'], removed=quality['removed'],
+                acquitted=found.evidence.get('acquitted', 0),
+                found=float(found.verdict == FOUND), forwards=sum(found.evidence['forwards'].values()))
+    if int(found.searched.sum()): said['precision@20'] = found.precision_at(20, truth)
+    return {k: v for k, v in said.items() if v == v}
+
 # %% ../nbs/app/04_ssl_study.ipynb #653a8b4d
 @dataclass
 class SslCase:
@@ -133,13 +144,18 @@ class SslCase:
         found = evaluate_encoder(encoder, probe, test, self.plan.trigger, self.study.target, quiet=self.quiet)
         return {k: v for k, v in found.items() if isinstance(v, (int, float))}
 
-    def encoder(self, folder, corpus, again=False):
-        "(encoder, seconds): trained into a folder, or found there. `again`: for the epochs of a training after the scan."
+    def encoder(self, folder, corpus, again=False, kept=None):
+        """(encoder, seconds): trained into a folder, or found there. `again`: for the epochs of a training after the scan.
+
+        `kept` names what a scan left to train on: a folder that was made with something else is emptied."""
         recipe = replace(self.study.ssl, epochs=self.study.again) if again and self.study.again else self.study.ssl
         done, note = folder/'encoder.safetensors', folder/'training.json'
+        about = {} if kept is None else dict(kept=kept)
+        if about and folder.exists() and not (note.exists() and read_json(note).get('kept') == kept): shutil.rmtree(folder)
         if not done.exists():
+            if about: write_json(note, about)            # before its checkpoint, which only the same pictures go on from
             e, _, seconds = train_encoder(corpus(), recipe, self.seed, out=folder, quiet=self.quiet)
-            write_json(note, dict(seconds=seconds))
+            write_json(note, dict(seconds=seconds, **about))
             save_encoder(e, done)
             (folder/'checkpoint.pt').unlink(missing_ok=True)
         return load_encoder(done).eval().to(run_device()), read_json(note)['seconds']
@@ -156,25 +172,32 @@ class SslCase:
         make = self.reference if system.startswith('clean') else self.victim
         return make(again=system.endswith(AGAIN))
 
-    def detect(self, system)->tuple: # (Findings, its measures, seconds)
-        name = system.removesuffix(ERASE)
-        detector = make_detector(name, **{'seed': self.seed, **self.study.detectors.get(name, {})})
-        truth = self.poisoned()
-        found = detector.scan(truth.corpus, self.victim()[0], out=self.folder/name, quiet=self.quiet)
-        where, quality = found.localisation(truth.boxes), found.filter_quality(truth.mask)
-        measures = dict(localisation=where['localisation'], iou=where['iou'], examined_poisons=where['examined'],
-                        recall=quality['recall'], precision=quality['precision'], removed=quality['removed'],
-                        acquitted=found.evidence.get('acquitted', 0),
-                        found=float(found.verdict == FOUND), forwards=sum(found.evidence['forwards'].values()))
-        if int(found.searched.sum()): measures['precision@20'] = found.precision_at(20, truth.mask)
-        return found, {k: v for k, v in measures.items() if v == v}, sum(found.evidence['seconds'].values())
+# %% ../nbs/app/04_ssl_study.ipynb #f72a2f28
+def _detector(self:SslCase, system):
+    name = system.removesuffix(ERASE)
+    return make_detector(name, **{'seed': self.seed, **self.study.detectors.get(name, {})})
 
-    def retrained(self, system, found):
-        "(encoder, seconds) after what was found has been removed or erased. Where nothing was found, it is the victim."
-        if found.keep.all(): return self.victim()                         # nothing to clean: nobody trains again
-        pile = self.poisoned().corpus
-        clean = lambda: erase_windows(pile, found, seed=self.seed) if system.endswith(ERASE) else pile.subset(found.keep.numpy())
-        return self.encoder(self.folder/system/'retrained', clean, again=True)
+def _settings(self:SslCase, system)->dict: # as JSON reads them back; None for a control
+    "All numbers of a detector, as a row keeps them."
+    if system in CONTROLS + AGAINS: return None
+    how = self.detector(system)
+    return json.loads(json.dumps(asdict(replace(how, filter=how.recipe(self.study.ssl.image_size)))))
+
+def _detect(self:SslCase, system)->tuple: # (Findings, its measures, seconds)
+    truth, out = self.poisoned(), self.folder/system.removesuffix(ERASE)
+    found = self.detector(system).scan(truth.corpus, self.victim()[0], out=out, quiet=self.quiet)
+    return found, scan_quality(found, truth.boxes, truth.mask), sum(found.evidence['seconds'].values())
+
+def _retrained(self:SslCase, system, found):
+    "(encoder, seconds) after what was found has been removed or erased. Where nothing was found, it is the victim."
+    if found.keep.all(): return self.victim()                         # nothing to clean: nobody trains again
+    pile, erase = self.poisoned().corpus, system.endswith(ERASE)
+    clean = lambda: erase_windows(pile, found, seed=self.seed) if erase else pile.subset(found.keep.numpy())
+    chosen = found.keep, *([found.window[~found.keep]] if erase else [])
+    kept = _digest(v.cpu().contiguous().numpy().tobytes() for v in chosen)
+    return self.encoder(self.folder/system/'retrained', clean, again=True, kept=kept)
+
+SslCase.detector, SslCase.settings, SslCase.detect, SslCase.retrained = _detector, _settings, _detect, _retrained
 
 # %% ../nbs/app/04_ssl_study.ipynb #1685ef93
 def _make(self:SslCase, system, retrain=True)->dict:
@@ -184,7 +207,8 @@ def _make(self:SslCase, system, retrain=True)->dict:
     before = after = self.measure(encoder)
     if not control:
         found, measures, seconds = self.detect(system)
-        after, more = measures, dict(stages=found.evidence['seconds'], looks=found.evidence['looks'])
+        after, more = measures, dict(stages=found.evidence['seconds'], looks=found.evidence['looks'],
+                                     settings=self.settings(system))
         if retrain:
             again, took = self.retrained(system, found)
             if not found.keep.all(): more['retraining_seconds'] = took
@@ -194,16 +218,32 @@ def _make(self:SslCase, system, retrain=True)->dict:
                 rate=shares['share_of_set'], class_rate=shares['share_of_target'], verdict=verdict(before), before=before,
                 after=after, seconds=seconds, peak_bytes=peak_bytes(), **more)
 
+def _finished(path, settings)->dict: # None: to be made
+    "A row from the disk. One of other settings of its detector is not used, one that does not tell them is; both are said."
+    if not path.exists(): return
+    row = read_json(path)
+    if settings is None: return row
+    was = row.get('settings')
+    if was is None:
+        warnings.warn(f'{path}: does not say which settings its detector had; it is used as it is. Delete it to scan again')
+        return row
+    k = next((k for k in {**settings, **was} if was.get(k) != settings.get(k)), None)      # a new option may be None: none
+    if k is None: return row
+    warnings.warn(f'{path}: was made with {k}={was.get(k)!r}, not {settings.get(k)!r}; the scan is done again')
+
 def _row(self:SslCase, system, retrain=True)->dict:
-    path = self.folder/f'row-{system}.json'
-    if not retrain and system not in CONTROLS + AGAINS and not path.exists(): path = self.folder/f'row-{system}-scan.json'
-    if not path.exists(): write_json(path, self.make(system, retrain))
+    "The finished row of a system, from the disk or made now."
+    settings, names = self.settings(system), [f'row-{system}.json']
+    if settings and not retrain: names.append(f'row-{system}-scan.json')         # a row with a training holds all that is asked
+    for path in (self.folder/n for n in names):
+        if row := _finished(path, settings): return row
+    write_json(path, self.make(system, retrain))
     return read_json(path)
 
 SslCase.make, SslCase.row = _make, _row
 
 # %% ../nbs/app/04_ssl_study.ipynb #c4b66a9f
-def ssl_tour(out, # folder for encoders, logs, scans and rows; a finished row is never done again
+def ssl_tour(out, # folder for encoders, logs, scans and rows; a finished row is not done again, see `SslCase.row`
              data='wallpapers', # or a corpus specification, e.g. 'folder:imagenette/train'
              test=None, probe=None, # corpus specifications, see `ssl_data`
              attacks=('patch:pattern=10',), # trigger specifications

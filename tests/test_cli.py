@@ -302,6 +302,7 @@ def bad(tmp_path_factory):
     (d/'empty.csv').write_text('')
     (d/'plan.json').write_text('{"trigger": {"trigger": "badnt"}, "target": "star", "rate": 0.1}')
     (d/'good.json').write_text('{"trigger": {"trigger": "badnet"}, "target": "star", "rate": 0.1}')
+    (d/'ssl.json').write_text('{"trigger": {"trigger": "patch"}, "target": "star", "rate": 0.1, "select": "label"}')
     (d/'notes.txt').write_text('x')
     (d/'plain').mkdir()
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(d/'plain'/'a.png')
@@ -345,6 +346,24 @@ mistakes = {
     'count too high': ("attack {s} --trigger badnet --target star --count 65", ['65 of 64']),
     'rate and count': ("attack {s} --trigger badnet --target star --count 5 --rate .1", ['--rate', '--count']),
     'unknown mode': ("attack {s} --trigger badnet --target star --mode cleanlabel", ['mode', 'label_consistent']),
+    'ssl: recipe': ("attack {s} --mode ssl --attack badnet --target star --count 5", ['--attack', '--trigger']),
+    'ssl: captions': ("attack {s} --mode ssl --trigger patch --target star --count 5 --captions keep", ['--captions', 'pictures']),
+    'ssl: no share': ("attack {s} --mode ssl --trigger patch --target star", ['--class-rate', '--rate', '--count']),
+    'ssl: two shares': ("attack {s} --mode ssl --trigger patch --target star --rate .1 --class-rate .5", ['--class-rate', '--rate']),
+    'ssl: no target': ("attack {s} --mode ssl --trigger patch --count 5", ['--target', '--select']),
+    'ssl: unknown target': ("attack {s} --mode ssl --trigger patch --target sta --count 5", ["'sta'", "did you mean 'star'"]),
+    'ssl: unknown selection': ("attack {s} --mode ssl --trigger patch --count 5 --select com", ["'com'", "did you mean 'con'"]),
+    'ssl: target and con': ("attack {s} --mode ssl --trigger patch --count 5 --select con --target star --encoder x",
+                            ['--target', '--select con']),
+    'ssl: no encoder': ("attack {s} --mode ssl --trigger patch --count 5 --select kmeans", ['--select kmeans', '--encoder']),
+    'ssl: idle encoder': ("attack {s} --mode ssl --trigger patch --count 5 --select random --encoder x", ['--encoder', 'features']),
+    'ssl: idle clusters': ("attack {s} --mode ssl --trigger patch --target star --count 5 --clusters 3", ['--clusters', 'kmeans']),
+    'ssl: missing encoder': ("attack {s} --mode ssl --trigger patch --count 5 --select con --encoder {bad}/e.safetensors",
+                             ['e.safetensors', 'no such checkpoint file']),
+    'ssl options elsewhere': ("attack {s} --trigger badnet --target star --class-rate .5", ['--class-rate', '--mode ssl']),
+    'ssl plan: evaluate': ("evaluate {tiny} {s} --plan {bad}/ssl.json", ['ssl.json', '--trigger and --target']),
+    'ssl plan: train': ("train {s} --plan {bad}/ssl.json", ['ssl.json', 'train on its pictures']),
+    'scan: no truth': ("scan 'folder:{bad}/plain' --train moco --truth {bad}/plain", ['ground_truth.json', 'no such file']),
     'unknown captions': ("attack {s} --trigger badnet --target star --captions kep", ["'kep'", 'keep']),
     'silly size': ("attack {s} --trigger badnet --target star --size 3", ['--size 3']),
     'unknown model': ("train {s} --model tinny", ["'tinny'", "did you mean 'tiny'"]),

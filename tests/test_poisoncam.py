@@ -388,8 +388,8 @@ def test_the_benches_read_what_a_look_says(monkeypatch):
     assert seen and .08 < highest <= 1
 
 
-def test_a_global_trigger_has_no_place():
-    "An expected failure: CTRL is everywhere, no window holds it, and the scan says that it found no patch."
+def test_a_global_trigger_that_no_encoder_learned_is_no_patch():
+    "CTRL's wave in pictures raises no alarm by itself. The encoder never learned it: of a victim of CTRL this shows nothing."
     corpus, _, _ = pile(every=0)
     images = corpus.images.clone()
     images[::10] = CTRL().on_uint8(images[::10])

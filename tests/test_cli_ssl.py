@@ -1,0 +1,153 @@
+"`bdnb attack --mode ssl`, and a scan that is told the truth."
+import csv
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bdnb import cli
+from bdnb.attacks.ssl import SslPoisoning, load_boxes
+from bdnb.cli import main
+from bdnb.core import BdnbError, read_json, write_json
+from bdnb.data.doors import open_corpus
+from bdnb.defenses.findings import FOUND, Findings
+from bdnb.models.encoders import create_encoder, encode, load_encoder, save_encoder
+
+PATCH = 'patch:pattern=10,size=9'
+
+
+@pytest.fixture
+def run(capsys):
+    "Run `bdnb` here: (exit code, standard output, standard error)."
+    def call(line):
+        capsys.readouterr()
+        code = main(shlex.split(line))
+        return code, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp('encoder')/'e.safetensors'
+    save_encoder(create_encoder('resnet10/half', 4), path)
+    return path
+
+
+def photos(folder, n=24, size=48, classes=()):
+    g = np.random.default_rng(0)
+    for i in range(n):
+        where = folder/classes[i % len(classes)] if classes else folder
+        where.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(g.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(where/f'{i:02d}.png')
+    return folder
+
+
+def table(path):
+    with open(path, newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
+
+
+def test_pictures_of_a_class_and_nothing_else_is_changed(run, tmp_path):
+    out = tmp_path/'p'
+    code, said, err = run(f'attack shapes:?n=120 --mode ssl --trigger {PATCH} --target star --class-rate .5 --seed 3 --out {out}')
+    assert code == 0, err
+    clean, back = open_corpus('shapes:?n=120'), open_corpus(str(out/'captions.csv')).cache(32, progress=False)
+    done = SslPoisoning(PATCH, 'star', class_rate=.5, seed=3).apply(clean)
+    assert '4.17% of the set, 50.0% of the 10 of class \'star\'' in said and f'table: {out}/captions.csv' in said
+    assert torch.equal(back.images, done.corpus.images) and back.texts == clean.texts
+    assert [back.classes[y] for y in back.labels] == [clean.classes[y] for y in clean.labels]
+    truth, boxes = read_json(out/'ground_truth.json'), load_boxes(out)
+    assert truth['keys'] == done.keys and truth['size'] == [32, 32] == boxes[1] and SslPoisoning.load(out/'plan.json') == done.plan
+    assert [r['key'] for r in table(out/'boxes.csv')] == truth['images'] == list(boxes[0])
+    assert list(boxes[0].values()) == done.boxes[done.index].tolist() and len(truth['images']) == 5
+
+
+@pytest.mark.parametrize('options, fields', [
+    ('--select con --count 5', dict(select='con', count=5)), ('--select conp --rate .25', dict(select='conp', rate=.25)),
+    ('--select kmeans --count 4 --clusters 3', dict(select='kmeans', count=4, clusters=3)),
+    ('--select con --class-rate .5 --clusters 4', dict(select='con', class_rate=.5, clusters=4))])
+def test_an_encoder_chooses_where_nobody_has_labels(run, tmp_path, tiny, options, fields):
+    pile, net = photos(tmp_path/'pile'), load_encoder(tiny)
+    line = f'attack folder:{pile} --mode ssl --trigger {PATCH} {options} --encoder {tiny} --size 40 -q --out {tmp_path}/p'
+    code, said, err = run(line)
+    assert code == 0 and 'without labels nobody knows' in said, err
+    clean = open_corpus(f'folder:{pile}').cache(40, progress=False)
+    z = encode(net, clean.cache(net.image_size, progress=False))
+    done = SslPoisoning(PATCH, **fields).apply(clean, z)
+    assert read_json(tmp_path/'p'/'ground_truth.json')['keys'] == done.keys
+    spec = said.partition('pictures: ')[2].split('\n')[0]              # a table needs captions or labels
+    assert torch.equal(open_corpus(spec).cache(40, progress=False).images, done.corpus.images)
+    assert read_json(tmp_path/'p'/'config.json')['notes'] == done.plan.describe(clean, z).split('\n')
+
+
+def test_random_pictures_need_no_encoder(run, tmp_path):
+    pile = photos(tmp_path/'pile', classes=('a', 'b'))
+    code, said, err = run(f'attack folder:{pile} --mode ssl --trigger {PATCH} --select random --class-rate .5 --size 32 -q '
+                          f'--out {tmp_path}/p')
+    assert code == 0 and '6 of 24 pictures are poisoned: 25.00% of the set' in said and 'of the poisons are of it' in said, err
+    code, _, err = run(f'attack folder:{photos(tmp_path/"bare")} --mode ssl --trigger {PATCH} --target a --count 3 -q --out {tmp_path}/q')
+    assert code == 2 and 'no labels' in err and not (tmp_path/'q').exists()
+
+
+@pytest.mark.parametrize('options, at', [('--trigger badnet:size=5,place=br', [27, 27, 5, 5]), ('--attack blended', [0, 0, 32, 32])])
+def test_other_attacks_say_where_too(run, tmp_path, options, at):
+    code, _, err = run(f'attack shapes:?n=64 {options} --target star --rate .1 --out {tmp_path}/p')
+    boxes, size = load_boxes(tmp_path/'p')
+    assert code == 0 and list(boxes) == read_json(tmp_path/'p'/'ground_truth.json')['images'] and size == [32, 32], err
+    for b in boxes.values(): assert b == at or options.startswith('--attack') and min(b[2:]) > 28, b
+
+
+def findings(keys, windows, removed):
+    n = len(keys)
+    score = torch.tensor([.9 if k in windows else .01 for k in keys])
+    window = torch.tensor([windows.get(k, [0, 0, 6, 6]) for k in keys])
+    return Findings(keys, score, torch.zeros(n, dtype=torch.int64), window, score, torch.tensor([k not in removed for k in keys]),
+                    FOUND, dict(forwards={}, acquitted=0))
+
+
+@pytest.mark.parametrize('prefix', ['', 'images/'])
+def test_a_scan_is_measured_against_the_truth(tmp_path, capsys, prefix):
+    "Pictures of 64 pixels that were scanned at 32: boxes are half as large. Keys as of the table, or of its folder."
+    keys = [f'{prefix}{i:06d}.png' for i in range(40)]
+    boxes = {f'images/{i:06d}.png': [2*i, 10, 20, 20] for i in range(10)}
+    windows = {k: [i + 40*(i == 9), 5, 10, 10] for i, k in enumerate(keys[:10])}          # the last one is elsewhere
+    cli._show_truth(findings(keys, windows, keys[1:12]), tmp_path, 32, (boxes, [64, 64]))
+    said, out = read_json(tmp_path/'metrics.json'), capsys.readouterr().out
+    assert said['poisoned'] == 10 and said['localisation'] == pytest.approx(.9) and said['recall'] == .9 and said['precision'] == 9/11
+    assert said['precision@20'] == .5 and said['iou'] == pytest.approx(.9)
+    for words in ('localisation', '90.0%', '81.8%', '50.0%'): assert words in out
+    cli._show_truth(None, tmp_path, 32, None)                          # a scan that is told no truth
+    assert not (tmp_path/'metrics.json').exists()
+
+
+def test_attack_then_scan(run, tmp_path, tiny):
+    code, _, err = run(f'attack shapes:?n=40 --mode ssl --trigger {PATCH} --target star --class-rate 1 --out {tmp_path}/p')
+    assert code == 0, err
+    line = f'--encoder {tiny} --clusters 2 --window .28 -q --out {tmp_path}/scan --truth {tmp_path}/p'
+    code, said, err = run(f'scan {tmp_path}/p/captions.csv {line}')
+    numbers = read_json(tmp_path/'scan'/'metrics.json')
+    poisons = len(read_json(tmp_path/'p'/'ground_truth.json')['images'])
+    assert code == 0 and 'Against the truth' in said and numbers['poisoned'] == poisons > 2 and 'recall' in numbers, err
+    by_key = {r['key']: r for r in table(tmp_path/'scan'/'findings.csv')}
+    assert numbers['examined_poisons'] == sum(by_key[k]['score'] != '' for k in load_boxes(tmp_path/'p')[0])
+    code, _, err = run(f"scan shapes:?n=40 {line.replace('/scan', '/other')}")
+    assert code == 2 and 'none of its pictures is in this corpus' in err and 'captions.csv' in err and not (tmp_path/'other').exists()
+
+
+@pytest.mark.parametrize('size, text, why', [
+    ([32, 32], 'key,top,left,height,width\na,1,2,3\n', 'row 2: must be a key and four whole numbers'),
+    ([32, 32], 'key,top,left,height,width\na,1,2,3,4\n\nb,1,2,3,4\n', 'row 3'),
+    ([32, 32], 'key,top,left,height,width\na,1,2,3,1e9\n', 'row 2'),
+    ([32, 32], f'key,top,left,height,width\na,1,2,3,{"9"*5000}\n', 'row 2'),
+    ([32, 32], 'key,top,left,height,width\na,-2,2,3,4\n', 'row 2'),
+    ([32, 32], 'key,top,left,height,width\n', 'names no picture'),
+    ([32, 32], 'image,top,left,height,width\na,1,2,3,4\n', 'columns must be key, top'),
+    ([32, 32], None, 'boxes.csv: no such file'),
+    ([32], 'key,top,left,height,width\na,1,2,3,4\n', 'size must be'),
+    ([32, 2**40], 'key,top,left,height,width\na,1,2,3,4\n', 'size must be'),
+    ([32, True], 'key,top,left,height,width\na,1,2,3,4\n', 'size must be')])
+def test_a_strangers_boxes(tmp_path, size, text, why):
+    write_json(tmp_path/'ground_truth.json', dict(size=size))
+    if text is not None: (tmp_path/'boxes.csv').write_text(text)
+    with pytest.raises(BdnbError, match=why): load_boxes(tmp_path)
