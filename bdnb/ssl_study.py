@@ -177,11 +177,13 @@ def _detector(self:SslCase, system):
     name = system.removesuffix(ERASE)
     return make_detector(name, **{'seed': self.seed, **self.study.detectors.get(name, {})})
 
+def _plain(settings): return json.loads(json.dumps(asdict(settings)))
+
 def _settings(self:SslCase, system)->dict: # as JSON reads them back; None for a control
     "All numbers of a detector, as a row keeps them."
     if system in CONTROLS + AGAINS: return None
     how = self.detector(system)
-    return json.loads(json.dumps(asdict(replace(how, filter=how.recipe(self.study.ssl.image_size)))))
+    return _plain(replace(how, filter=how.recipe(self.study.ssl.image_size)))
 
 def _detect(self:SslCase, system)->tuple: # (Findings, its measures, seconds)
     truth, out = self.poisoned(), self.folder/system.removesuffix(ERASE)
@@ -218,7 +220,7 @@ def _make(self:SslCase, system, retrain=True)->dict:
                 rate=shares['share_of_set'], class_rate=shares['share_of_target'], verdict=verdict(before), before=before,
                 after=after, seconds=seconds, peak_bytes=peak_bytes(), **more)
 
-def _finished(path, settings)->dict: # None: to be made
+def _finished(path, settings, usual)->dict: # None: to be made
     "A row from the disk. One of other settings of its detector is not used, one that does not tell them is; both are said."
     if not path.exists(): return
     row = read_json(path)
@@ -227,16 +229,17 @@ def _finished(path, settings)->dict: # None: to be made
     if was is None:
         warnings.warn(f'{path}: does not say which settings its detector had; it is used as it is. Delete it to scan again')
         return row
-    k = next((k for k in {**settings, **was} if was.get(k) != settings.get(k)), None)      # a new option may be None: none
+    k = next((k for k in {**settings, **was} if was.get(k, usual.get(k)) != settings.get(k)), None)   # (usual: it came later)
     if k is None: return row
     warnings.warn(f'{path}: was made with {k}={was.get(k)!r}, not {settings.get(k)!r}; the scan is done again')
 
 def _row(self:SslCase, system, retrain=True)->dict:
     "The finished row of a system, from the disk or made now."
     settings, names = self.settings(system), [f'row-{system}.json']
+    usual = settings and _plain(type(self.detector(system))())
     if settings and not retrain: names.append(f'row-{system}-scan.json')         # a row with a training holds all that is asked
     for path in (self.folder/n for n in names):
-        if row := _finished(path, settings): return row
+        if row := _finished(path, settings, usual): return row
     write_json(path, self.make(system, retrain))
     return read_json(path)
 
