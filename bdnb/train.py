@@ -241,10 +241,13 @@ _LAUNCHED = 'LOCAL_RANK', 'WORLD_SIZE', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2
 def apart():
     "Inside, `fit` trains in this process alone, though a launcher started several: the others need not take part."
     from accelerate.state import AcceleratorState, PartialState
+    groups = torch.distributed.GroupMember
+    world, groups.WORLD = groups.WORLD, None                                 # lightly's losses ask torch whether there are others
     was, told = dict(PartialState._shared_state), {k: os.environ.pop(k) for k in _LAUNCHED if k in os.environ}
     AcceleratorState._reset_state(reset_partial_state=True)
     try: yield
     finally:
+        groups.WORLD = world
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._shared_state.update(was)
         os.environ.update(told)
