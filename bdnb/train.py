@@ -252,6 +252,7 @@ def apart():
         PartialState._shared_state.update(was)
         os.environ.update(told)
 
+# %% ../nbs/objectives/10_train.ipynb #3923926c
 def _accelerator(precision, device):
     check_precision(precision, device)
     from accelerate import Accelerator
