@@ -781,11 +781,13 @@ def _encoder(checkpoint, train, network, pictures, out, quiet, seed, device, tea
     recipe, done = SSL_METHODS[known[train]], out/'encoder'/'encoder.safetensors'
     pile = pictures(recipe.image_size)
     made = dict(method=known[train], seed=seed, pictures=contents(pile.images, pile.keys))
-    if not done.exists():
-        net, _, _ = train_encoder(pile, recipe, seed, out=out/'encoder', quiet=quiet, device=_stay(device))
-        if not _rank(): save_encoder(net, done, **made)
-        if team: team.wait()
-    elif read_header(done).get('meta') != made:
+    def learn():                                       # in one process: others would see other batch statistics
+        if not done.exists():
+            net, _, _ = train_encoder(pile, recipe, seed, out=out/'encoder', quiet=quiet, device=_stay(device))
+            save_encoder(net, done, **made)
+        return {}
+    team.once(learn) if team else learn()
+    if read_header(done).get('meta') != made:
         raise BdnbError(f'{done.parent}: holds an encoder of another method, seed or corpus; choose another --out')
     return load_encoder(done).eval()
 
@@ -817,9 +819,10 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
          window:_option(str, '--window', help="Side of the window, a share of the picture's; several: in order.")='.27,.36',
          clusters:_option(str, '--clusters', help='How many, or several; by default one for 100, from 1,500 on also fewer.')=None,
          search:_option(str, '--search', help='patchsearch, adaptive or all.')=None,
+         drop_tokens:_flag('--drop-tokens', help="Leave a ViT's covered patches out instead of greying them.")=False,
          batch_size:_option(int, '--batch-size', min=1, help='Pictures in one pass; by default what fits their size.')=None,
          truth:_option(Path, '--truth', help='Folder of a `bdnb attack`: also say how good the scan was.')=None,
-         seed:_O.seed=0, device:_O.device=None, quiet:_O.quiet=False):
+         precision:_O.precision='no', seed:_O.seed=0, device:_O.device=None, quiet:_O.quiet=False):
     "Find poisoned pictures in a corpus (PoisonCAM): findings, a clean list, a report."
     options = dict(locals())
     from dataclasses import replace
@@ -827,12 +830,16 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
     from bdnb.data.doors import open_corpus
     from bdnb.defenses.poisoncam import PoisonCAM
     from bdnb.scan import scan_corpus, shared_pictures
+    from bdnb.train import check_precision
     refuse(options, 'model width size mean std', 'is for --encoder; what --train trains is fixed by its name', encoder is None)
+    if drop_tokens and encoder is None: raise BdnbError('--drop-tokens: is for --encoder; what --train trains has no tokens')
     network = dict(name=model, width=width, image_size=size, mean=_channels('--mean', mean), std=_channels('--std', std))
     counts = None if clusters is None else tuple(_whole_numbers('--clusters', clusters))
     if counts is not None and min(counts, default=0) < 2: raise BdnbError(f'--clusters {clusters!r}: needs numbers from 2 on')
     if counts and len(counts) == 1: counts = counts[0]
-    given = dict(window=_shares('--window', window), clusters=counts, search=search, batch=batch_size)
+    check_learning(None, precision)
+    given = dict(window=_shares('--window', window), clusters=counts, search=search, batch=batch_size, drop=drop_tokens,
+                 precision=precision)
     detector = PoisonCAM(seed=seed, **{k: v for k, v in given.items() if v is not None})
     pile = open_corpus(corpus)
     known = _truth(truth, pile)
@@ -843,14 +850,18 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
     team, quiet = _team(device), quiet or bool(_rank())
     pictures = lru_cache(lambda size: shared_pictures(pile, size, team, quiet))
     where = pick_device(device, learns=train is not None)
+    check_precision(precision, where.type)
     with tidy(out):
         net = _encoder(encoder, train, network, pictures, out, quiet, seed, device, team)
+        if drop_tokens and net.patch is None:
+            raise BdnbError(f'--drop-tokens: encoder {net.name!r} has no tokens to drop; leave the option out')
         if batch_size is None: detector = replace(detector, batch=_usual_batch(net.image_size))
         found = scan_corpus(pictures(net.image_size), net, out, detector, command_line(), quiet, where, corpus, team)
     if team: team.close()
     if not _rank(): _show_scan(found, out)
     if not _rank(): _show_truth(found, out, net.image_size, known)
 
+# %% ../nbs/app/02_cli.ipynb #46916fd6
 def _show_scan(found, out):
     "Print what a scan found, and where."
     e = found.evidence

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PRECISIONS', 'cosine', 'official', 'constant', 'parameter_groups', 'make_optimizer', 'run_marks',
-           'run_device', 'History', 'fast_bf16', 'settled_precision', 'fit', 'put_back']
+           'run_device', 'History', 'fast_bf16', 'settled_precision', 'check_precision', 'apart', 'fit', 'put_back']
 
 # %% ../nbs/objectives/10_train.ipynb #61cf7fae
 import copy, hashlib, json, math, os, sys, time
@@ -229,10 +229,32 @@ def settled_precision(precision:str, device:str=None)->str:
 # %% ../nbs/objectives/10_train.ipynb #fd4c8f79
 PRECISIONS = ('no', 'bf16', 'fp16', 'auto')
 
-def _accelerator(precision, device):
+def check_precision(precision:str, device:str=None): # 'cpu' to stay off an accelerator
+    "Raises `BdnbError` for a name that is no precision, and for fp16 without a GPU."
     if precision not in PRECISIONS: raise BdnbError(f"unknown precision '{precision}'; {did_you_mean(precision, PRECISIONS)}")
     if precision == 'fp16' and (device == 'cpu' or not torch.cuda.is_available()):
         raise BdnbError("precision=fp16 needs a GPU; use bf16 or no")
+
+_LAUNCHED = 'LOCAL_RANK', 'WORLD_SIZE', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE'   # by these Accelerate knows
+
+@contextmanager
+def apart():
+    "Inside, `fit` trains in this process alone, though a launcher started several: the others need not take part."
+    from accelerate.state import AcceleratorState, PartialState
+    groups = torch.distributed.GroupMember
+    world, groups.WORLD = groups.WORLD, None                                 # lightly's losses ask torch whether there are others
+    was, told = dict(PartialState._shared_state), {k: os.environ.pop(k) for k in _LAUNCHED if k in os.environ}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try: yield
+    finally:
+        groups.WORLD = world
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._shared_state.update(was)
+        os.environ.update(told)
+
+# %% ../nbs/objectives/10_train.ipynb #3923926c
+def _accelerator(precision, device):
+    check_precision(precision, device)
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     inside = torch.distributed.is_available() and torch.distributed.is_initialized()

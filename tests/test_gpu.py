@@ -70,6 +70,12 @@ def test_encoder_study(method, tmp_path, worked):
     assert [r['system'] for r in rows] == ['none', 'clean', *detectors] and worked == {'cuda'}
     for r in rows: assert 0 <= r['after']['asr'] <= 1 and r['before'] == rows[0]['before'] or r['system'] == 'clean'
 
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_scans_in_half_precision(precision, worked):
+    pile, how = Wallpapers(120, 32, 0, 'train'), PoisonCAM(window=.34, tests=64, search='all', filter=QUICK, precision=precision)
+    found = how.scan(pile, create_encoder('resnet10/half', 16, 32).eval(), device='cuda', quiet=True)
+    assert worked == {'cuda'} and found.evidence['settings']['precision'] == precision and found.score.isfinite().all()
+
 @pytest.mark.parametrize('options', [dict(masks='coarse'), dict(masks='interval', soft=False), dict(skip=.5, confirm=32)])
 def test_scans(options, worked):
     "The same encoder finds the same windows on both devices, but where two are as good to a rounding."

@@ -17,13 +17,14 @@ from bdnb.attacks.patches import CTRL, coverage
 from bdnb.cli import main
 from bdnb.core import BdnbError, rng, write_json
 from bdnb.data.corpus import ArrayCorpus
-from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Scan
+from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Scan, contents
 from bdnb.defenses.poisoncam import (INNOCENTS, WINDOWS, Located, PoisonCAM, Search, cluster_counts, mask_bank, masked_features,
                                      masked_probability, miss_bound)
 from bdnb.defenses.poisonfilter import FilterEnsemble, FilterRecipe, poison_probability
 from bdnb.models.checkpoint import read_header
 from bdnb.models.encoders import Encoder, create_encoder, save_encoder
 from bdnb.ssl_study import make_ssl_study
+from bdnb.train import settled_precision
 
 quick = FilterRecipe.quick(steps=60)
 
@@ -209,6 +210,62 @@ def test_what_a_scan_keeps_names_the_poison_classifiers_numbers(tmp_path, monkey
         return {read_header(p)['fingerprint'] for p in tmp_path.glob('*.safetensors')}
     before = marks(quick)
     assert len(before) == 1 and marks(quick) == before and not marks(replace(quick, paste=(.5, .9))) & before
+
+
+class Convolved(Colours):
+    "Red squares and the rest, by a convolution, which autocast rounds."
+    dim = 2
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+        self.conv.weight.data = torch.tensor([[20., -20, -20], [0, 0, 1]])[:, :, None, None]
+        self.conv.bias.data = torch.tensor([-6., 0])
+
+    def forward(self, x): return self.conv(x).relu().sum((2, 3))*self.weight
+
+
+def test_in_half_precision_a_scan_finds_the_same():
+    "Views and features are rounded; clusters and scores are made in float32."
+    corpus, truth, _ = pile(n=100, every=5)
+    net, seen, z, found = Encoder(Convolved(), 'convolved', 32, mean=(0, 0, 0), std=(1, 1, 1)), [], [], []
+    net.net.register_forward_pre_hook(lambda module, x: seen.append(x[0].dtype))
+    for precision in 'no', 'bf16':
+        how = PoisonCAM(clusters=2, tests=64, search='all', filter=quick, precision=precision)
+        run = Search(how, corpus, net, Scan(quiet=True), torch.device('cpu'))
+        with torch.no_grad(): run.prepare()
+        z.append(run.z)
+        assert set(seen) == {torch.float32} and run.centroids.dtype == torch.float32
+        found.append(how.scan(corpus, net, quiet=True))
+    assert torch.bfloat16 in seen and {v.dtype for v in z} == {torch.float32} and not z[0].equal(z[1])
+    torch.testing.assert_close(*z, rtol=.02, atol=0)
+    one, half = found
+    assert one.verdict == half.verdict == FOUND and half.keep.equal(one.keep)
+    assert (half.score - one.score)[truth].abs().max() <= .02 and max(one.score[~truth].max(), half.score[~truth].max()) < .08
+    assert set(half.top(20).tolist()) == set(truth.nonzero()[:, 0].tolist())
+
+
+def test_scans_that_were_kept_before_there_was_a_precision_go_on(tmp_path):
+    corpus, how = pile(n=40)[0], PoisonCAM(clusters=2, tests=8, look=4, search='patchsearch', filter=quick)
+    def marks(precision):
+        found = replace(how, precision=precision).scan(corpus, encoder(), tmp_path, quiet=True)
+        kept, = {read_header(p)['fingerprint'] for p in tmp_path.glob('*.safetensors')}
+        return kept, found.evidence['settings']
+    old = {k: v for k, v in asdict(how).items() if k != 'precision'}
+    kept, half = marks('no'), marks('bf16')
+    assert kept == (contents(corpus.images, corpus.keys, encoder(), old), old)
+    assert half[0] != kept[0] and half[1] == old | dict(precision='bf16')
+    assert marks('auto') == (half if settled_precision('auto', 'cpu') == 'bf16' else kept)
+
+
+def test_precisions_that_cannot_be():
+    with pytest.raises(BdnbError, match="poisoncam: precision='bf61'"): PoisonCAM(precision='bf61')
+    with pytest.raises(BdnbError, match='fp16 needs a GPU'): scan(pile(n=20)[0], precision='fp16')
+    run = searching()[0]
+    run.dtype = torch.float16
+    run.encoder.net.weight.data.fill_(float('nan'))
+    with pytest.raises(BdnbError, match='not finite.*too large for fp16: use precision=bf16'):
+        run.stages.stage('features', run.features)
 
 
 def judged(monkeypatch, *offers, rows=4, **options):
@@ -506,7 +563,10 @@ def test_scan_command_names_and_skips_a_damaged_picture(tmp_path):
     ('scan shapes:?n=20 --out {out}', 'give either --encoder CHECKPOINT or --train METHOD'),
     ('scan shapes:?n=20 --train mocca --out {out}', "did you mean 'moco'"),
     ('scan shapes:?n=20 --encoder nothing.safetensors --out {out}', 'no such checkpoint'),
-    ('scan shapes:?n=20 --encoder nothing.safetensors --search some --out {out}', 'poisoncam: search')])
+    ('scan shapes:?n=20 --encoder nothing.safetensors --search some --out {out}', 'poisoncam: search'),
+    ('scan shapes:?n=20 --encoder nothing.safetensors --precision bf61 --out {out}', "--precision 'bf61'"),
+    ('scan shapes:?n=20 --encoder nothing.safetensors --precision fp16 --device cpu --out {out}', 'precision=fp16 needs a GPU'),
+    ('scan shapes:?n=20 --train moco --drop-tokens --out {out}', '--drop-tokens: is for --encoder')])
 def test_bad_scans_say_so_in_one_line_and_leave_nothing(tmp_path, line, says):
     out = tmp_path/'out'
     code, _, err = run(line.format(out=out))

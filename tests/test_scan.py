@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import nn
 
 import bdnb.defenses.findings as findings
+import bdnb.ssl_study as ssl_study
 from bdnb.cli import main
 from bdnb.core import BdnbError, read_json, rng
 from bdnb.data.corpus import ArrayCorpus, Corpus, CsvCorpus, FolderCorpus
@@ -32,6 +34,7 @@ from bdnb.data.shards import write_shards
 from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Findings, Scan, Team, contents, load_findings
 from bdnb.defenses.poisoncam import PoisonCAM, Search
 from bdnb.defenses.poisonfilter import FilterEnsemble, FilterRecipe
+from bdnb.models.checkpoint import read_tensors
 from bdnb.models.encoders import Encoder, create_encoder, save_encoder
 from bdnb.scan import cell, scan_corpus
 
@@ -234,6 +237,19 @@ def test_what_is_trained_needs_no_description(tmp_path, tiny, option, value, why
     assert code == 2 and err.startswith(f'bdnb: error: {option}') and why in err and err.count('\n') == 1, err
 
 
+def test_only_a_network_with_tokens_drops_them(tmp_path, tiny):
+    pile, vit = fill(tmp_path/'pile', 12, 0, broken=False), tmp_path/'vit.safetensors'
+    save_encoder(create_encoder('vit_tiny/8', image_size=32), vit)
+    command = lambda net: run('scan', f'folder:{pile}', '--encoder', net, '--out', tmp_path/'scan', '--clusters', 2, '--window', '.5',
+                              '--drop-tokens', '--precision', 'bf16', '--device', 'cpu', '-q')
+    code, _, err = command(tiny)
+    assert code == 2 and err.startswith("bdnb: error: --drop-tokens: encoder 'resnet10/half' has no tokens to drop"), err
+    assert err.count('\n') == 1 and not (tmp_path/'scan').exists()
+    code, _, err = command(vit)
+    said = read_json(tmp_path/'scan'/'scan.json')['settings']
+    assert code == 0 and said['drop'] is True and said['precision'] == 'bf16', err
+
+
 @pytest.mark.slow
 def test_train_first_and_not_twice(tmp_path):
     "`--train`: an encoder is trained into the folder, used again by the same command, refused to another."
@@ -340,6 +356,31 @@ def test_torchrun(tmp_path, tiny):
         assert (tmp_path/'two'/name).read_bytes() == (tmp_path/'one'/name).read_bytes()
 
 
+def small_moco(): return replace(ssl_study.SSL_METHODS['mocov2'], width=4, epochs=2, batch_size=16, queue=32, hidden=16, out=8)
+
+
+def trained(folder, out): return f"scan folder:{folder/'pile'} --train moco --clusters 2 --device cpu -q --out {folder/out}".split()
+
+
+def one_of_two_trains(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ.update(zip(ENDS, (str(rank), str(rank), '2', '2', '127.0.0.1', str(port))), ACCELERATE_USE_CPU='1')
+    ssl_study.SSL_METHODS['mocov2'] = small_moco()
+    sys.exit(main(trained(folder, 'two')))
+
+
+@pytest.mark.slow
+@needs_fork
+def test_what_two_processes_train_is_what_one_trains(tmp_path, monkeypatch):
+    "Weights and findings bit for bit: batch statistics are those of whole batches."
+    fill(tmp_path/'pile', 60)
+    monkeypatch.setitem(ssl_study.SSL_METHODS, 'mocov2', small_moco())
+    assert start_two(one_of_two_trains, tmp_path) == [0, 0] and run(*trained(tmp_path, 'one'))[0] == 0
+    one, two = (read_tensors(tmp_path/n/'encoder'/'encoder.safetensors')[0] for n in ('one', 'two'))
+    assert one and one.keys() == two.keys() and all(v.equal(two[k]) for k, v in one.items())
+    assert (tmp_path/'two'/'findings.csv').read_bytes() == (tmp_path/'one'/'findings.csv').read_bytes()
+
+
 # Kills
 
 
@@ -423,6 +464,36 @@ def test_the_time_left_counts_the_classifier(monkeypatch):
     for stage, done, total, left, now in last:
         assert abs(left - (end - now)) <= .05*(end - now) + 1e-6, (stage, done, left, end - now)
     assert last[-1][1:4] == (300, 300, 0)
+
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+
+def shown(monkeypatch, every, **options):
+    "Lines of a scan's progress, without those of a stage's beginning."
+    monkeypatch.setattr(sys, 'stderr', said := Terminal())
+    replace(how, **options).scan(ArrayCorpus(torch.stack([*pictures(60, every)])), red())
+    return [line for line in said.getvalue().split('\r\033[K') if re.match(r'(.+): ([0-9]+) of \2,', line)]
+
+
+def test_the_time_left_is_said_to_be_of_one_look(monkeypatch):
+    "On a clean pile all looks are made. How many there will be nobody knows: the first that shows a trigger is the last."
+    lines = shown(monkeypatch, 0, clusters=(4, 2), window=(.27, .36))
+    looks = [re.search(r'left for look (\d) of at most 4, more may follow$', line) for line in lines]
+    assert all(looks) and list(dict.fromkeys(m[1] for m in looks)) == ['1', '2', '3', '4'], lines
+
+
+def test_what_the_time_left_does_not_hold_is_said(monkeypatch):
+    classify = Search.classify
+    def suspicious(self, net):                                       # five honest pictures too, so that there is a second opinion
+        p = classify(self, net)['probability']
+        p[1:6] = .99
+        return dict(probability=p)
+    monkeypatch.setattr(Search, 'classify', suspicious)
+    ends = {line.split(':')[0]: line.split('left', 1)[1] for line in shown(monkeypatch, 6)}
+    more, opinion = ', more may follow', ', a second opinion may follow'
+    assert ends['search'] == more and ends['classifier'] == ends['filter'] == opinion and ends['second opinion'] == '', ends
 
 
 # Memory

@@ -375,6 +375,16 @@ def test_logit_scale_stays_in_range(sign, bound):
     assert model.logit_scale.item() == pytest.approx(bound, abs=1e-6)
 
 
+def test_a_process_of_several_trains_apart(monkeypatch):
+    "Without `apart`, Accelerate would wait for the second process."
+    told = dict(LOCAL_RANK='0', WORLD_SIZE='2')
+    for k, v in told.items(): monkeypatch.setenv(k, v)
+    with pytest.raises(KeyError), train.apart():
+        assert train._accelerator('no', 'cpu').num_processes == 1 and not told.keys() & os.environ.keys()
+        raise KeyError
+    assert told.items() <= os.environ.items()
+
+
 def test_bf16_in_the_towers_only():
     seen, model = [], fresh()
     model.net.visual.proj.register_forward_hook(lambda m, x, y: seen.append(y.dtype))

@@ -20,6 +20,7 @@ from ..attacks.poisoning import _copy_images
 from ..core import BdnbError, rng
 from ..data.corpus import ArrayCorpus
 from ..models.checkpoint import read_header, read_tensors, write_tensors
+from ..train import apart
 
 # %% ../../nbs/defenses/00_findings.ipynb #5fc8bb4a
 NO_EVIDENCE = 'no evidence of a patch trigger'
@@ -421,8 +422,10 @@ class Team:
         if '.error' in found: raise BdnbError(f"process {rank} of {self.processes} stopped: {found['.error']}")
         return found
     def once(self, make)->dict: # the same dict in every process
-        "`make()`, called by the first process for all."
-        found, error = self._try(make) if self.rank == 0 else ({}, None)
+        "`make()`, called by the first process for all; `fit` in it trains in that process alone. The others wait, up to a week."
+        found, error = {}, None
+        if self.rank == 0:
+            with apart(): found, error = self._try(make)
         with _together(): data = self._send(_packed(found) if self.rank == 0 else b'', 0)
         return self._check(found if self.rank == 0 else _unpacked(data), error, 0)
     def __call__(self, pieces, work, done)->list:

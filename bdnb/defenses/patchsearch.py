@@ -109,7 +109,7 @@ class PatchSearch:
     # what PoisonCAM varies and PatchSearch does not
     masks:ClassVar = 'grid'; stride:ClassVar = 1.; count:ClassVar = 1; soft:ClassVar = True; drop:ClassVar = False
     sequential:ClassVar = False; look:ClassVar = 1; pass_above:ClassVar = 0; confirm:ClassVar = None
-    more:ClassVar = 0; skip:ClassVar = 0.; acquit:ClassVar = None; judge_tests:ClassVar = 0
+    precision:ClassVar = 'no'; more:ClassVar = 0; skip:ClassVar = 0.; acquit:ClassVar = None; judge_tests:ClassVar = 0
     search:ClassVar = 'patchsearch'; evidence:ClassVar = -math.inf; witnesses:ClassVar = 1       # there is always a suspect
 
     def __post_init__(self):
