@@ -14,6 +14,7 @@ from bdnb.models.build import create_model, laid_out
 from bdnb.models.checkpoint import read_tensors, save_checkpoint
 from bdnb.models.encoders import (VITS, build_encoder_net, create_encoder, encoder_layout, list_encoders, load_encoder,
                                   save_encoder, strip_prefix, timm_kept)
+from bdnb.objectives.ssl import SslLearner
 
 pictures = dict(image_size=32, mean=(.5, .5, .5), std=(.25, .25, .25))
 
@@ -298,3 +299,11 @@ def test_pictures_of_timm_are_what_timm_says(tmp_path):
     torch.save(timm.create_model('test_vit', num_classes=3).state_dict(), tmp_path/'t.pt')
     with pytest.warns(UserWarning, match=r'taken: image size 160, mean \(0\.5, 0\.5, 0\.5\)'):
         assert load_encoder(tmp_path/'t.pt', 'timm/test_vit').image_size == 160
+
+
+@pytest.mark.parametrize('name', ['vit_tiny/16', 'timm/test_vit'])
+def test_the_patch_embedding_of_any_vit_can_stay_as_drawn(name):
+    encoder = create_encoder(name, image_size=32)
+    SslLearner(encoder, 'mocov3', hidden=8, out=4, freeze_patch=True)
+    assert {k for k, p in encoder.net.named_parameters() if not p.requires_grad} in (
+        {f'{k}.weight', f'{k}.bias'} for k in ('vit.conv_proj', 'patch_embed.proj'))

@@ -137,7 +137,7 @@ def build_encoder_net(name:str, width, image_size:int)->nn.Module:
             raise BdnbError(f"{name}: patches of {patch} px do not divide pictures of {image_size} px")
         if width is not None: raise BdnbError(f"{name}: a ViT's width is in its name (vit_tiny to vit_base); leave it out")
         return ViTEncoder(*VITS[base], image_size, patch)
-    known = timm_names() if base == 'timm' else list_encoders()
+    known = timm_names() if base == 'timm' else [*RESNETS, *list_encoders()]
     if name not in known: raise BdnbError(f"unknown encoder {name!r}; {did_you_mean(name, known)}")
     return (timm_encoder if base == 'timm' else torchvision_encoder)(name, width, image_size)
 
