@@ -810,7 +810,8 @@ def _usual_batch(size):
 @app.command()
 def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of the encoder that was trained on the corpus.')=None,
          train:_option(str, '--train', help='Train one instead: moco, simclr, byol, mocov3 (small, 32 px).')=None,
-         model:_option(str, '--model', help='Architecture, where the file does not say it: resnet18/small, vit_small, ...')=None,
+         model:_option(str, '--model',
+                       help='Architecture, where the file does not say it: resnet18/small, timm/convnext_tiny, ...')=None,
          width:_option(int, '--width', min=1, help='And the width of the network.')=None,
          size:_option(int, '--size', min=1, help='And the side of its pictures; by default 224.')=None,
          mean:_option(str, '--mean', help='And the mean of its pictures in 0..1: .485,.456,.406')=None,

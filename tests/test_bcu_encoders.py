@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bdnb.core import BdnbError
+from bdnb.core import BdnbError, derive_seed
 from bdnb.data.batches import Batches
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.shapes import ShapeCaps
-from bdnb.defenses.bcu import route
+from bdnb.defenses.bcu import RATIOS, plan_reset, reset_weights, route
 from bdnb.defenses.bcu_encoders import EncoderBCU, cleanse_checkpoint, load_any, neighbour_overlap
 from bdnb.models.build import create_model
 from bdnb.models.checkpoint import save_checkpoint
@@ -104,6 +104,40 @@ def test_every_layer_of_a_big_towers_image_side_is_routed():
     assert pooled == {f'attnpool.{k}_proj' for k in 'qkvc'} and {routed[k] for k in pooled} == {list(routed.values())[-1]}
     layers = {n for n, m in Tower().net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     assert layers == set(routed) and 'head' not in routed.values()
+
+
+def test_the_bare_projection_of_a_vision_transformer_is_reset():
+    "open_clip's `visual.proj` is a parameter of the tower, no layer of it."
+    from open_clip.transformer import VisionTransformer
+    class Tower(nn.Module):
+        name, image_size = 'ViT', 16
+        def __init__(self):
+            super().__init__()
+            self.net = nn.ModuleDict(dict(visual=VisionTransformer(16, 8, 32, 4, 2, 4., output_dim=24), other=nn.Module()))
+            self.net.other.proj = nn.Parameter(torch.zeros(4, 4))                    # belongs to what no picture passes
+            self.register_buffer('mean', torch.zeros(3))
+        def forward(self, images): return self.net['visual'](images.float()/255)
+    tower = Tower()
+    plan = {k: (stage, share) for k, stage, share in plan_reset(tower, scale=2.)}
+    last = list(plan.values())[-1]
+    assert list(plan)[-1] == 'visual.proj' and last == ('stage4', 2*RATIOS['stage4']) and 'other.proj' not in plan
+    before = tower.net['visual'].proj.detach().clone()
+    row = reset_weights(tower, plan_reset(tower, dict(stage4=.5), 1.))[-1]
+    now = tower.net['visual'].proj.detach()
+    assert row['parameter'] == 'visual.proj' and int((now != before).sum()) == row['replaced'] > 0
+    assert float(now[now != before].std()) == pytest.approx(32**-.5, rel=.2)         # as large as open_clip's own
+    assert [k for k, _, p in plan_reset(tower, {'visual.proj': .1}) if p] == ['visual.proj']
+    with pytest.raises(BdnbError, match="no stage or layer 'other.proj'"): plan_reset(tower, {'other.proj': .1})
+
+
+def test_an_encoder_of_timm_is_reset_by_its_own_start(pool):
+    encoder = create_encoder('timm/test_vit', image_size=32)
+    routed = dict(route(encoder))
+    assert 'head' not in routed.values() and routed['patch_embed.proj'] == 'stem'
+    before, fresh = state(encoder.net), create_encoder('timm/test_vit', image_size=32, seed=derive_seed('bcu fresh', 0)).net
+    reset_weights(encoder, [('blocks.0.attn.qkv.weight', 'stage1', 1.)])
+    assert torch.equal(encoder.net.blocks[0].attn.qkv.weight, fresh.blocks[0].attn.qkv.weight)
+    assert not torch.equal(encoder.net.blocks[0].attn.qkv.weight, before['blocks.0.attn.qkv.weight'])
 
 
 def test_encoder_file(pool, tmp_path):

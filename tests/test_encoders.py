@@ -1,7 +1,9 @@
 "Encoders that were trained elsewhere: torchvision's and timm's names, prefixes, copies, and what a file does not say."
+import argparse
 import warnings
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -9,9 +11,10 @@ from torchvision.models import resnet18, resnet34
 
 from bdnb.core import BdnbError
 from bdnb.models.build import create_model, laid_out
-from bdnb.models.checkpoint import save_checkpoint
-from bdnb.models.encoders import (VITS, build_encoder_net, create_encoder, list_encoders, load_encoder, save_encoder,
-                                  strip_prefix)
+from bdnb.models.checkpoint import read_tensors, save_checkpoint
+from bdnb.models.encoders import (VITS, build_encoder_net, create_encoder, encoder_layout, list_encoders, load_encoder,
+                                  save_encoder, strip_prefix, timm_kept)
+from bdnb.objectives.ssl import SslLearner
 
 pictures = dict(image_size=32, mean=(.5, .5, .5), std=(.25, .25, .25))
 
@@ -159,7 +162,8 @@ def test_a_longer_network_of_torchvision_is_not_cut_short(tmp_path, large, small
     from torchvision.models import get_model
     torch.save(get_model(large, weights=None).state_dict(), tmp_path/'e.pt')
     with pytest.raises(BdnbError, match='has no place in it'): load_encoder(tmp_path/'e.pt', f'torchvision/{small}', image_size=64)
-    assert load_encoder(tmp_path/'e.pt', f'torchvision/{large}', image_size=64).dim
+    found = load_encoder(tmp_path/'e.pt', f'torchvision/{large}', image_size=64).eval()
+    assert found(torch.zeros(1, 3, 64, 64)).shape == (1, found.dim)
 
 
 def test_the_copy_that_learns_is_taken_by_whole_words(tmp_path):
@@ -169,3 +173,137 @@ def test_the_copy_that_learns_is_taken_by_whole_words(tmp_path):
         torch.save(both, tmp_path/'e.pt')
         found = load_encoder(tmp_path/'e.pt', 'resnet10/small', 4, 32).net.state_dict()
         assert all(torch.equal(found[k], own[k]) for k in own), learns
+
+
+def packed(net, leave=()):
+    "A ResNet's parts in a row, without its last one, as lightly's examples have it."
+    parts = [m for m in list(net.children())[:-1] if not isinstance(m, (*leave, nn.AdaptiveAvgPool2d))]
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+def learner(path, net):
+    "Writes what lightly's examples keep: the copy that follows, the one that learns, and a head."
+    two = {f'backbone{p}.{k}': v + bool(p) for p in ('_momentum', '') for k, v in net.state_dict().items()}
+    torch.save({'state_dict': two | {f'projection_head.layers.{i}.weight': torch.zeros(4, 4) for i in (0, 3)}}, path)
+    return path
+
+
+@pytest.mark.parametrize('leave, first', [((), 4), ((nn.Identity,), 3)])
+def test_parts_by_number(tmp_path, leave, first):
+    "Parts without weights are counted as well; some leave the pooling out of the row."
+    net = packed(small_resnet(), leave)
+    assert f'{first}.0.conv1.weight' in net.state_dict()
+    same(net, path := learner(tmp_path/'l.pt', net), 'resnet18/small', 1e-5)
+    refused(lambda: load_encoder(path, 'resnet10/small', **pictures), 'l.pt', f'{first}.1', 'has no place in it')
+    refused(lambda: load_encoder(path, 'resnet18/lightly', **pictures), 'l.pt', 'does not fit')
+    refused(lambda: load_encoder(path, 'resnet34/small', **pictures), 'l.pt', f'{first}.2', 'is missing')
+
+
+def test_the_small_resnets_of_lightly(tmp_path):
+    from lightly.models import ResNetGenerator
+    net = packed(shaken(ResNetGenerator('resnet-9', width=.25)))
+    assert {'0.weight', '1.bias', '2.0.conv1.weight', '5.0.shortcut.0.weight'} <= net.state_dict().keys()
+    path = learner(tmp_path/'l.pt', net)
+    same(net, path, 'resnet10/lightly', 1e-4, width=16)
+    for stem in ('small', 'standard'):                       # they have a ReLU that this row has not
+        refused(lambda: load_encoder(path, f'resnet10/{stem}', 16, **pictures), 'l.pt', 'does not fit')
+
+
+@pytest.mark.parametrize('name', ['torchvision/resnet18', 'resnet18/standard', 'timm/resnet18'])
+def test_the_full_stem_by_number(tmp_path, name):
+    same(net := packed(shaken(resnet18())), learner(tmp_path/'l.pt', net), name, 1e-5, image_size=64)
+    longer = packed(resnet34())
+    torch.save(longer.state_dict(), tmp_path/'d.pt')
+    refused(lambda: load_encoder(tmp_path/'d.pt', name, **pictures | dict(image_size=64)), 'd.pt', '4.2', 'has no place in it')
+
+
+@pytest.mark.parametrize('keys', [('student', 'teacher'), ('online_network', 'target_network')])
+def test_networks_side_by_side(tmp_path, timm_vit, keys):
+    "DINO's file: the student in DDP, the teacher, the optimiser, options. The one that learned is read."
+    net, head = timm_vit(), {'head.mlp.0.weight': torch.zeros(4, 4)}
+    learns = {f'module.backbone.{k}': v for k, v in net.state_dict().items()} | head
+    follows = {f'backbone.{k}': v + 1 for k, v in net.state_dict().items()} | head
+    options = argparse.Namespace(arch='vit_small', lr=5e-4, local_crops_scale=(.05, .4))
+    moments = {'state': {0: {'exp_avg': torch.zeros(4)}}, 'param_groups': []}
+    torch.save({keys[1]: follows, keys[0]: learns, 'optimizer': moments, 'epoch': 3, 'args': options,
+                'dino_loss': {'center': torch.zeros(1, 4)}}, tmp_path/'dino.pth')
+    assert not any(k.startswith('optimizer') for k in read_tensors(tmp_path/'dino.pth')[0])
+    same(net, tmp_path/'dino.pth', 'vit_tiny/8', 1e-4)
+    torch.save({'teacher': follows}, tmp_path/'teacher.pth')                   # whoever wants it saves it alone
+    found = load_encoder(tmp_path/'teacher.pth', 'vit_tiny/8', **pictures).net.vit.class_token
+    assert torch.equal(found, net.cls_token + 1)
+
+
+def test_options_in_a_file_are_not_read(tmp_path):
+    "The same name with arguments, or other names in it, is refused; nothing that it holds is kept."
+    class Calls:
+        def __reduce__(self): return argparse.Namespace, ('x',)
+    for args, word in ((Calls(), 'not a checkpoint'), (argparse.Namespace(a=argparse.ArgumentParser), 'argparse.ArgumentParser')):
+        torch.save({'model': {'w': torch.zeros(1)}, 'args': args}, tmp_path/'a.pt')
+        refused(lambda: read_tensors(tmp_path/'a.pt'), 'a.pt', word)
+    torch.save({'args': argparse.Namespace(w=torch.zeros(1))}, tmp_path/'a.pt')
+    refused(lambda: read_tensors(tmp_path/'a.pt'), 'a.pt', 'holds no state dict')
+
+
+@pytest.mark.parametrize('name, size, patch', [('test_vit', 32, 16), ('test_vit2', 32, None), ('test_convnext', 32, None),
+                                               ('mobilenetv3_small_100', 32, None), ('vit_tiny_patch16_224', 64, 16)])
+def test_networks_of_timm(tmp_path, name, size, patch):
+    "A classifier's file, head and all, gives the features that timm gives."
+    how = dict(img_size=size) if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    whole = shaken(timm.create_model(name, num_classes=3, **how))
+    (bare := timm.create_model(name, num_classes=0, **how).eval()).load_state_dict(whole.state_dict(), strict=False)
+    ours = same(bare, written(tmp_path/'t.pt', whole, 'backbone.'), f'timm/{name}', 1e-5, image_size=size)
+    assert ours.patch == patch and ours(torch.zeros(1, 3, size, size)).shape == (1, ours.dim)
+    again = load_encoder(save_encoder(ours, tmp_path/'t.safetensors'))
+    assert again.name == f'timm/{name}' and all(torch.equal(v, again.state_dict()[k]) for k, v in ours.state_dict().items())
+    if patch is None: refused(lambda: ours.embed_tokens(torch.zeros(1, 3, size, size), torch.zeros(1, 1).long()), 'no tokens to drop')
+
+
+@pytest.mark.parametrize('more', [dict(), dict(init_values=.1, reg_tokens=2), dict(reg_tokens=2, no_embed_class=True),
+                                  dict(pre_norm=True), dict(dynamic_img_size=True)])
+def test_tokens_of_timm_are_left_out(timm_vit, more):
+    net, g = timm_vit(**more), torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 32, 32, generator=g)
+    y, every = x.clone(), torch.arange(16).expand(2, 16)
+    y[:, :, :8, :8] = 7.
+    close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        close(timm_kept(net, x, every), net(x))
+        close(timm_kept(net, x, every.flip(1)), net(x))
+        close(timm_kept(net, x, every[:, 1:]), timm_kept(net, y, every[:, 1:]))
+        assert (timm_kept(net, x, every) - timm_kept(net, y, every)).abs().max() > 1e-3
+
+
+def test_encoders_of_timm_by_name(stranger, no_storage):
+    assert {'timm/convnext_atto', 'timm/vit_tiny_patch16_224', 'torchvision/resnet18'} <= set(list_encoders())
+    assert encoder_layout('timm/swin_tiny_patch4_window7_224', None, 64).dim == 768
+    refused(lambda: create_encoder('timm/convnext_ato'), "did you mean 'timm/convnext_atto'", 'known: timm/')
+    refused(lambda: create_encoder('timm/convnext_atto', 8), 'one width')
+    refused(lambda: create_encoder('timm/vit_tiny_patch16_224', image_size=40), 'patches of 16 px', '40 px')
+    for name in ('timm/hf-hub:timm/resnet18.a1_in1k', 'timm/resnet18.a1_in1k', 'timm/local-dir:/tmp', 'timm/', 'timm'):
+        refused(lambda: create_encoder(name), 'unknown encoder', repr(name))
+        refused(lambda: load_encoder(stranger(dict(kind='encoder', name=name, image_size=32))), 'odd.safetensors', 'unknown encoder')
+    giant = dict(kind='encoder', name='timm/vit_giant_patch14_224', image_size=28)
+    refused(lambda: load_encoder(stranger(giant)), 'odd.safetensors', 'is missing', 'name the right model')
+
+
+def test_tables_of_an_encoder_that_are_not_saved_count(stranger, no_storage):
+    "At 4096 px LeViT has ten billion numbers in tables of positions, beside nine million weights, which all fit here."
+    shapes = {k: v.shape for k, v in encoder_layout('timm/levit_128s', None, 4096).state_dict().items()}
+    path = stranger(dict(kind='encoder', name='timm/levit_128s', image_size=4096),
+                    {k: torch.zeros(s, dtype=torch.int8) for k, s in shapes.items()})
+    refused(lambda: load_encoder(path), str(path), 'name the right model and width')
+
+
+def test_pictures_of_timm_are_what_timm_says(tmp_path):
+    torch.save(timm.create_model('test_vit', num_classes=3).state_dict(), tmp_path/'t.pt')
+    with pytest.warns(UserWarning, match=r'taken: image size 160, mean \(0\.5, 0\.5, 0\.5\)'):
+        assert load_encoder(tmp_path/'t.pt', 'timm/test_vit').image_size == 160
+
+
+@pytest.mark.parametrize('name', ['vit_tiny/16', 'timm/test_vit'])
+def test_the_patch_embedding_of_any_vit_can_stay_as_drawn(name):
+    encoder = create_encoder(name, image_size=32)
+    SslLearner(encoder, 'mocov3', hidden=8, out=4, freeze_patch=True)
+    assert {k for k, p in encoder.net.named_parameters() if not p.requires_grad} in (
+        {f'{k}.weight', f'{k}.bias'} for k in ('vit.conv_proj', 'patch_embed.proj'))

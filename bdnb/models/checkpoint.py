@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'write_tensors', 'bare', 'short', 'save_checkpoint', 'is_safetensors', 'read_header', 'existing',
-           'not_a_checkpoint', 'read_tensors', 'state_dict_in', 'clean_names', 'architecture', 'tiny_size', 'agrees',
-           'guess_model', 'fit_names', 'load_weights', 'load_checkpoint', 'from_hub', 'size_in', 'named_in',
-           'check_normalisation', 'check_enough', 'set_from_header', 'convert']
+           'not_a_checkpoint', 'read_tensors', 'tensors_of', 'state_dict_in', 'clean_names', 'architecture',
+           'tiny_size', 'agrees', 'guess_model', 'fit_names', 'load_weights', 'load_checkpoint', 'from_hub', 'size_in',
+           'named_in', 'check_normalisation', 'check_enough', 'set_from_header', 'convert']
 
 # %% ../../nbs/models/02_checkpoint.ipynb #4a2749ad
 import hashlib, json, math, pickle, re, warnings, zipfile
@@ -94,6 +94,11 @@ def not_a_checkpoint(path, error):
     return BdnbError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}{why}); get the file again")
 
 # %% ../../nbs/models/02_checkpoint.ipynb #861550ff
+class _Options:
+    "Stands for the `argparse.Namespace` in which DINO's and MAE's files keep their options; takes everything and keeps nothing."
+    __slots__ = ()
+    def __setstate__(self, state): pass
+
 def read_tensors(path) -> tuple: # (dict name -> tensor on the CPU, header dict)
     "Tensors of a .safetensors file, or of the state dict in a .pt. `BdnbError` for anything else; nothing in the file is run."
     path = existing(path)
@@ -106,19 +111,27 @@ def read_tensors(path) -> tuple: # (dict name -> tensor on the CPU, header dict)
         members = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
         if any('/code/' in i.filename for i in members): raise ValueError("TorchScript")
         if any(i.compress_type != zipfile.ZIP_STORED for i in members): raise ValueError("a compressed archive")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(_Options, 'argparse.Namespace')]):
             warnings.simplefilter('ignore')
             found = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise not_a_checkpoint(path, e) from e         # a foreign parser on foreign bytes raises anything
     return state_dict_in(found, path), {}
 
+def tensors_of(found, prefix='') -> dict:
+    "The tensors of one dictionary, `prefix` before their names."
+    return {f'{prefix}{k}': v for k, v in found.items() if torch.is_tensor(v)} if isinstance(found, dict) else {}
+
 def state_dict_in(found, path) -> dict:
-    "The tensors in what a .pt holds: CleanCLIP, BadCLIP and open_clip put them under `state_dict`; the optimiser stays behind."
+    """The tensors in what a .pt holds: CleanCLIP, BadCLIP and open_clip put them under `state_dict`; the optimiser stays behind.
+
+    Of several state dicts side by side, as DINO's `student` and `teacher`, each puts its own name before those of its tensors."""
     for key in ('state_dict', 'model_state_dict', 'model', 'module'):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
-    if not isinstance(found, dict) or not any(torch.is_tensor(v) for v in found.values()):
-        raise BdnbError(f"{path}: holds no state dict (name -> tensor)")
-    return {str(k): v for k, v in found.items() if torch.is_tensor(v)}
+    tensors = tensors_of(found)
+    if not tensors and isinstance(found, dict):
+        for k, part in found.items(): tensors |= tensors_of(part, f'{k}.')
+    if not tensors: raise BdnbError(f"{path}: holds no state dict (name -> tensor)")
+    return tensors
 
 # %% ../../nbs/models/02_checkpoint.ipynb #2a760087
 PUBLISHED = ('RN50', 'RN101', 'ViT-B-32', 'ViT-B-16', 'ViT-L-14')

@@ -6,9 +6,9 @@
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MOST', 'ARCHITECTURES', 'SHORT', 'conv3', 'conv1',
            'BasicBlock', 'he_normal', 'ResNet', 'stages', 'PreActBlock', 'PreActResNet', 'WideResNet', 'VGG',
            'ViTBlock', 'ViT', 'check_sizes', 'Classifier', 'class_names', 'torchvision_names', 'timm_names',
-           'list_classifiers', 'torchvision_net', 'timm_cfg', 'timm_net', 'build_classifier_net', 'check_network',
-           'create_classifier', 'save_classifier', 'classifier_header', 'usual_pictures', 'load_classifier',
-           'classifier_logits', 'evaluate_classifier', 'check_labels', 'class_number']
+           'list_classifiers', 'torchvision_net', 'timm_cfg', 'timm_net', 'build_classifier_net', 'numbers_held',
+           'tried', 'check_network', 'create_classifier', 'save_classifier', 'classifier_header', 'usual_pictures',
+           'load_classifier', 'classifier_logits', 'evaluate_classifier', 'check_labels', 'class_number']
 
 # %% ../../nbs/models/10_classifiers.ipynb #2c3956cf
 import re, warnings
@@ -240,7 +240,8 @@ def timm_cfg(name):
     import timm
     return timm.get_pretrained_cfg(name.removeprefix('timm/'))
 
-def timm_net(name, classes:int, image_size:int)->nn.Module:
+def timm_net(name, classes:int, # 0: without its head
+             image_size:int)->nn.Module:
     "A network of `timm_names()` with random weights; nothing is fetched. `BdnbError` where its patches do not cover the picture."
     import timm
     size = dict(img_size=image_size) if timm_cfg(name).fixed_input_size else {}
@@ -265,20 +266,28 @@ def build_classifier_net(name, classes:int, width, image_size:int)->nn.Module:
     return build(theirs, classes, image_size)
 
 # %% ../../nbs/models/10_classifiers.ipynb #230971bc
-def check_network(name, classes:int, width, image_size:int)->int: # how many numbers it holds
-    "Build on the `meta` device and try one picture there. `BdnbError` says why a size or width does not fit."
-    check_sizes(name, classes=classes, width=width, image_size=image_size)
+def numbers_held(net)->int:
+    "With those that no file holds: tables of positions are not saved, and grow with the picture."
+    saved = net.state_dict()
+    return count_numbers(net) + sum(v.numel() for k, v in net.named_buffers() if k not in saved)
+
+def tried(build, name, width, image_size:int)->tuple: # (network on the `meta` device, its answer to one picture)
+    "Lay out what `build()` returns. `BdnbError` says why a size or width does not fit."
     try:
-        net = laid_out(lambda: build_classifier_net(name, classes, width, image_size)).eval()
-        with torch.device('meta'), torch.no_grad(): out = net(torch.empty(1, 3, image_size, image_size))
+        net = laid_out(build).eval()
+        with torch.device('meta'), torch.no_grad(): return net, net(torch.empty(1, 3, image_size, image_size))
     except BdnbError: raise
     except Exception as e:                                   # hundreds of architectures, each with its own way to refuse
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise BdnbError(f"{name}: cannot read pictures of {image_size} px (width {width or 'as usual'}): {why}") from e
+
+def check_network(name, classes:int, width, image_size:int)->int: # how many numbers it holds
+    "Build on the `meta` device and try one picture there. `BdnbError` says why a size or width does not fit."
+    check_sizes(name, classes=classes, width=width, image_size=image_size)
+    net, out = tried(lambda: build_classifier_net(name, classes, width, image_size), name, width, image_size)
     shape = list(getattr(out, 'shape', ()))
     if shape != [1, classes]: raise BdnbError(f"{name}: answers with {shape or type(out).__name__}, not [1, {classes}]")
-    saved = net.state_dict()                                 # tables of positions are not saved, and grow with the picture
-    return count_numbers(net) + sum(v.numel() for k, v in net.named_buffers() if k not in saved)
+    return numbers_held(net)
 
 def create_classifier(name:str='resnet18', # see `list_classifiers()`
                       classes=10, # names in index order, or their number

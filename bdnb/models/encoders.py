@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEMS', 'RESNETS', 'VITS', 'HEADS', 'ELSEWHERE', 'AVERAGES', 'BODY', 'ResNetEncoder', 'ViTEncoder', 'Encoder',
            'ClipEncoder', 'list_encoders', 'usual_stem', 'usual_patch', 'build_encoder_net', 'torchvision_encoder',
-           'encoder_layout', 'create_encoder', 'encode', 'save_encoder', 'names_elsewhere', 'strip_prefix', 'fitting',
-           'encoder_fields', 'load_encoder']
+           'timm_encoder', 'timm_kept', 'encoder_layout', 'create_encoder', 'encode', 'save_encoder', 'names_elsewhere',
+           'numbered', 'strip_prefix', 'fitting', 'encoder_fields', 'load_encoder']
 
 # %% ../../nbs/models/11_encoders.ipynb #4636f271
 import re, warnings
@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 from ..core import BdnbError, derive_seed, did_you_mean, track
 from ..evaluate import measuring
-from .build import ClipModel, laid_out, list_models
-from .checkpoint import check_normalisation, load_checkpoint, read_tensors, short, write_tensors
-from .classifiers import IMAGENET_MEAN, IMAGENET_STD, BasicBlock, check_sizes, he_normal, stages
+from .build import ClipModel, list_models
+from .checkpoint import check_enough, check_normalisation, load_checkpoint, read_tensors, short, write_tensors
+from .classifiers import (IMAGENET_MEAN, IMAGENET_STD, BasicBlock, build_classifier_net, check_sizes, he_normal,
+                                     numbers_held, stages, timm_names, torchvision_names, tried, usual_pictures)
 
 # %% ../../nbs/models/11_encoders.ipynb #080b6096
-STEMS = ('small', 'padded', 'half', 'standard')
+STEMS = dict(small=(3, 4), padded=(3, 4), half=(3, 4), standard=(4,), lightly=(2,))     # `layer1`'s numbers in an `nn.Sequential`
 
 class ResNetEncoder(nn.Module):
     "A ResNet of basic blocks without a head: [B, 3, S, S] -> [B, 8 width]."
@@ -33,11 +34,12 @@ class ResNetEncoder(nn.Module):
             stride, padding = 2 if stem == 'half' else 1, 2 if stem == 'padded' else 1
             conv, pool = nn.Conv2d(3, width, 3, stride, padding, bias=False), nn.Identity()
         self.conv1, self.bn1, self.pool, self.dim = conv, nn.BatchNorm2d(width), pool, 8*width
+        self.relu, self.first = nn.Identity() if stem == 'lightly' else nn.ReLU(), STEMS[stem]
         self.layer1, self.layer2, self.layer3, self.layer4 = stages(BasicBlock, width, width, blocks)
         he_normal(self)
     def maps(self, x)->torch.Tensor: # [B, 8 width, h, w]
         "The last stage's feature map."
-        x = self.pool(F.relu(self.bn1(self.conv1(x))))
+        x = self.pool(self.relu(self.bn1(self.conv1(x))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
     def forward(self, x): return self.maps(x).mean((2, 3))
 
@@ -77,7 +79,7 @@ class Encoder(nn.Module):
     def extra_repr(self): return f"name={self.name!r}, dim={self.dim}, image_size={self.image_size}"
     @property
     def patch(self):
-        "Side of a ViT's patch in pixels; None for a convolutional network."
+        "Side of a ViT's patch in pixels; None where no patch can be left out, as in a convolutional network."
         return getattr(self.net, 'patch', None)
     def normalise(self, images)->torch.Tensor: # float [B, 3, S, S], channels last
         "Pictures uint8, or float 0..1 -> what the network reads. `BdnbError` for another size."
@@ -91,9 +93,9 @@ class Encoder(nn.Module):
         "Normalised pictures -> features."
         return self.net(x)
     def embed_tokens(self, x, keep)->torch.Tensor: # [B, dim]
-        "Features from the patches numbered in `keep`, int64 [B, T'], alone; transformers only."
+        "Features from the patches numbered in `keep`, int64 [B, T'], alone; ViTs only."
         if self.patch is None: raise BdnbError(f"encoder {self.name!r} has no tokens to drop: mask pixels instead")
-        return self.net(x, keep)
+        return timm_kept(self.net, x, keep) if hasattr(self.net, 'forward_head') else self.net(x, keep)
     def forward(self, images)->torch.Tensor: # [B, dim]
         "Pictures uint8, or float 0..1, [B, 3, S, S] -> features, not normalised."
         return self.embed(self.normalise(images))
@@ -114,11 +116,11 @@ VITS = dict(vit_tiny=(192, 3, 12), vit_small=(384, 6, 12), vit_base=(768, 12, 12
 HEADS = {'fc', 'head', 'heads', 'classifier'}                           # whose last layer an encoder does not have
 
 def list_encoders()->list:
-    """Names that `create_encoder` knows: ours with a stem after a slash, ViTs, then torchvision's classifiers without their head.
+    """Names that `create_encoder` knows: ours with a stem after a slash, ViTs, torchvision's and timm's classifiers without head.
 
     `vit_small` has 6 heads, as in DeiT, DINO and timm; `mocov3_small` has the 12 of MoCo v3. A file does not show how many."""
-    from bdnb.models.classifiers import torchvision_names
-    return [f'{n}/{s}' for n in RESNETS for s in STEMS] + list(VITS) + [f'torchvision/{n}' for n in torchvision_names()]
+    theirs = [f'torchvision/{n}' for n in torchvision_names()] + timm_names()
+    return [f'{n}/{s}' for n in RESNETS for s in STEMS] + list(VITS) + theirs
 
 def usual_stem(image_size:int)->str: return 'small' if image_size <= 40 else 'half' if image_size <= 112 else 'standard'
 
@@ -135,35 +137,51 @@ def build_encoder_net(name:str, width, image_size:int)->nn.Module:
             raise BdnbError(f"{name}: patches of {patch} px do not divide pictures of {image_size} px")
         if width is not None: raise BdnbError(f"{name}: a ViT's width is in its name (vit_tiny to vit_base); leave it out")
         return ViTEncoder(*VITS[base], image_size, patch)
-    if base == 'torchvision': return torchvision_encoder(rest, width, image_size)
-    raise BdnbError(f"unknown encoder {name!r}; {did_you_mean(name, list_encoders())}")
+    known = timm_names() if base == 'timm' else [*RESNETS, *list_encoders()]
+    if name not in known: raise BdnbError(f"unknown encoder {name!r}; {did_you_mean(name, known)}")
+    return (timm_encoder if base == 'timm' else torchvision_encoder)(name, width, image_size)
 
 def torchvision_encoder(name, width, image_size)->nn.Module:
     "One of torchvision's classifiers, its last layer taken away."
-    from bdnb.models.classifiers import build_classifier_net, torchvision_names
-    whole = f'torchvision/{name}'
-    if name not in torchvision_names(): raise BdnbError(f"unknown encoder {whole!r}; {did_you_mean(whole, list_encoders())}")
-    net = build_classifier_net(whole, 2, width, image_size)
+    net = build_classifier_net(name, 2, width, image_size)
     for key in sorted(HEADS):
         last = getattr(net, key, None)
         if last is None: continue
         linear = [m for m in last.modules() if isinstance(m, nn.Linear)]
         if not linear: continue                              # SqueezeNet's last layer is a convolution
-        if isinstance(last, nn.Sequential) and len(linear) > 1: last[-1] = nn.Identity()
+        more = isinstance(last, nn.Sequential) and any(not isinstance(m, nn.Dropout) for m in last[:-1])
+        if more: last[-1] = nn.Identity()                    # ConvNeXt normalises and flattens before it
         else: setattr(net, key, nn.Identity())
         net.dim = linear[-1].in_features
         return net
-    raise BdnbError(f"torchvision/{name}: its head was not found, so its features cannot be had")
+    raise BdnbError(f"{name}: its head was not found, so its features cannot be had")
+
+# %% ../../nbs/models/11_encoders.ipynb #466dc1a2
+def timm_encoder(name, width, image_size)->nn.Module:
+    "One of timm's networks without its head; `patch` where its tokens can be left out."
+    from timm.layers import PatchEmbed
+    from timm.models.vision_transformer import VisionTransformer
+    net = build_classifier_net(name, 0, width, image_size)
+    net.dim = net.head_hidden_size
+    plain = type(net) is VisionTransformer and net.global_pool == 'token' and type(net.patch_embed) is PatchEmbed
+    sides = set(net.patch_embed.patch_size) if plain else ()
+    if len(sides) == 1 and image_size % max(sides) == 0: net.patch = max(sides)     # timm pads some others
+    return net
+
+def timm_kept(net, x, keep)->torch.Tensor: # [B, dim]
+    "timm's own forward pass over the class token, registers, and the patches numbered in `keep`, int64 [B, T']."
+    t, first = net._pos_embed(net.patch_embed(x)), net.num_prefix_tokens
+    t = torch.cat([t[:, :first], t[:, first:].gather(1, keep[..., None].expand(-1, -1, t.shape[2]))], 1)
+    return net.forward_head(net.norm(net.blocks(net.norm_pre(t))))
 
 # %% ../../nbs/models/11_encoders.ipynb #072172f5
-def encoder_layout(name:str, width, image_size:int)->dict: # parameter's name -> tensor on the `meta` device
+def encoder_layout(name:str, width, image_size:int)->nn.Module: # on the `meta` device
     "What `create_encoder` would build, without its weights. `BdnbError` for a name, width or size that it cannot have."
     check_sizes(name, width=width, image_size=image_size)
-    try: return laid_out(lambda: build_encoder_net(name, width, image_size)).state_dict()
-    except BdnbError: raise
-    except Exception as e:                                   # forty architectures, each with its own way to refuse
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise BdnbError(f"{name}: cannot read pictures of {image_size} px (width {width or 'as usual'}): {why}") from e
+    net, out = tried(lambda: build_encoder_net(name, width, image_size), name, width, image_size)
+    if (shape := list(getattr(out, 'shape', ()))) != [1, net.dim]:
+        raise BdnbError(f"{name}: answers with {shape or type(out).__name__}, not [1, {net.dim}]")
+    return net
 
 def create_encoder(name:str='resnet18', # see `list_encoders()`; without a stem the usual one for the size
                    width:int=None, # channels of a ResNet's first stage
@@ -214,17 +232,25 @@ ELSEWHERE = (                                                # a part of our nam
     ('self_attention.in_proj_', 'attn.qkv.'), ('self_attention.out_proj', 'attn.proj'),
     ('mlp.0', 'mlp.fc1'), ('mlp.3', 'mlp.fc2'))
 AVERAGES = {'momentum', 'teacher', 'target', 'k', 'key', 'ema'}          # words in the prefix of a copy that only follows
-BODY = re.compile(r'layer\d+\.|vit\.encoder\.|blocks\.|patch_embed\.|reg(ister)?_token')                     # no head
+BODY = re.compile(r'layer\d+\.|vit\.encoder\.|reg(ister)?_token')                                          # no head
 
-def names_elsewhere(want, name:str)->dict: # name in a file of torchvision or timm -> ours
-    "The same parameters as other libraries call them; only our own networks have two names."
-    if name.partition('/')[0] not in [*RESNETS, *VITS]: return {k: k for k in want}
-    theirs = {}
-    for k in want:
-        there = k
-        for ours, other in ELSEWHERE: there = there.replace(ours, other)
-        theirs[there] = k
-    return theirs
+def names_elsewhere(want, name:str, first=(4,))->list: # of {name in a file: ours}
+    "The ways to call the same parameters: ours; torchvision's or timm's; and the parts of a ResNet by number."
+    ways = [{k: k for k in want}]
+    if name.partition('/')[0] in [*RESNETS, *VITS]:
+        theirs = {}
+        for k in want:
+            there = k
+            for ours, other in ELSEWHERE: there = there.replace(ours, other)
+            theirs[there] = k
+        ways.append(theirs)
+    if 'layer1.0.conv1.weight' in want: ways += [{numbered(k, n): v for k, v in w.items()} for w in ways for n in first]
+    return ways
+
+def numbered(name:str, first:int)->str: # e.g. 'layer1.0.bn1.weight', 4 -> '4.0.bn1.weight'
+    "What a ResNet's parameter is called in `nn.Sequential(*net.children())`."
+    name = re.sub(r'^layer(\d+)\.', lambda m: f'{int(m[1]) - 1 + first}.', name)
+    return re.sub(r'^bn1\.', '1.', re.sub(r'^conv1\.', '0.', name))
 
 def strip_prefix(tensors:dict, want)->dict: # bare name -> tensor
     "All tensors under the prefix that stands before most of the names `want`; of two alike, the copy that is no average."
@@ -237,14 +263,15 @@ def strip_prefix(tensors:dict, want)->dict: # bare name -> tensor
 # %% ../../nbs/models/11_encoders.ipynb #a349a747
 def fitting(tensors:dict, path, name:str, width, image_size)->dict: # parameter's name -> tensor
     "The encoder's weights in a file. `BdnbError` names the first that is missing or of another shape; the encoder is not built."
-    try: want = encoder_layout(name, width, image_size)
+    try: net = encoder_layout(name, width, image_size)
     except BdnbError as e: raise BdnbError(f"{path}: {e}") from e
-    ways = {k: k for k in want}, names_elsewhere(want, name)
-    held, ours = max(((strip_prefix(tensors, w), w) for w in ways), key=lambda way: len(way[0].keys() & way[1].keys()))
+    want = net.state_dict()
+    ways = [(strip_prefix(tensors, w), w) for w in names_elsewhere(want, name, getattr(net, 'first', (4,)))]
+    held, ours = max(ways, key=lambda way: len(way[0].keys() & way[1].keys()))
     found = {ours[k]: v for k, v in held.items() if k in ours}
     missing = [k for k in want if k not in found and not k.endswith('num_batches_tracked')]
     odd = [k for k, v in found.items() if v.shape != want[k].shape]
-    parts = {k.split('.')[0] for k in ours} - HEADS if name.startswith('torchvision/') else set()
+    parts = {k.split('.')[0] for k in ours} - {*HEADS, 'vit'}
     more = [k for k in held if k not in ours and (BODY.match(k) or k.split('.')[0] in parts)]
     if missing or odd or more:
         k, there = (missing or odd or more)[0], {v: k for k, v in ours.items()}
@@ -252,6 +279,7 @@ def fitting(tensors:dict, path, name:str, width, image_size)->dict: # parameter'
                'has no place in it')
         raise BdnbError(f"{path}: does not fit {name} (width {width or 'as usual'}, {image_size} px): {there.get(k, k)} {why}; "
                         "name the right model, width and size")
+    check_enough(numbers_held(net), found, name, path)
     return found
 
 # %% ../../nbs/models/11_encoders.ipynb #1f3102c8
@@ -262,8 +290,9 @@ def encoder_fields(path, header:dict, given:dict)->dict: # arguments of `create_
         raise BdnbError(f"{path}: holds a {header['kind']}, not an encoder")
     if not isinstance(fields.get('name'), str):
         raise BdnbError(f"{path}: does not say which architecture it is; name it (--model resnet18/small, or "
-                        "torchvision/resnet18 for torchvision's own)")
+                        "torchvision/resnet18 or timm/resnet18 for theirs)")
     usual = dict(width=None, image_size=32 if header else 224, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    if fields['name'].startswith('timm/'): usual |= usual_pictures(fields['name'])
     fields = usual | {k: v for k, v in fields.items() if v is not None}
     check_normalisation(fields['mean'], fields['std'], path)
     return fields
@@ -273,7 +302,8 @@ def load_encoder(path, # .safetensors, or a published .pt
                  mean=None, std=None)->Encoder:
     """An encoder from a file. `BdnbError` for a damaged file, missing weights, or a foreign file without a name.
 
-    A file that does not say which pictures its network reads gets 224 px and ImageNet's normalisation, with a warning."""
+    A file that does not say which pictures its network reads gets 224 px and ImageNet's normalisation, or what timm says of
+    timm's networks, with a warning. Of a student and its teacher the student is read: the one that learned from the pictures."""
     tensors, header = read_tensors(path)
     given = dict(name=name, width=width, image_size=image_size, mean=mean, std=std)
     if header and header.get('kind') is None and (name is None or name in list_models()):

@@ -75,7 +75,7 @@ class SslLearner(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed('ssl heads', seed))
             self.projector, self.predictor = make_heads(method, encoder.dim, hidden, out, norm)
-        if freeze_patch and encoder.patch: encoder.net.vit.conv_proj.requires_grad_(False)
+        if freeze_patch and encoder.patch: next(m for m in encoder.modules() if isinstance(m, nn.Conv2d)).requires_grad_(False)
         if method != 'simclr':
             self.slow_encoder, self.slow_projector = copy.deepcopy(encoder), copy.deepcopy(self.projector)
             for p in [*self.slow_encoder.parameters(), *self.slow_projector.parameters()]: p.requires_grad_(False)
