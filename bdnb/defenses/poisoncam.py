@@ -633,7 +633,7 @@ def _blamed(self:Search, rows, window, guilty, start:int, stop:int)->torch.Tenso
     new, crops = ~guilty[self.test_own[start:stop]], self.cut(rows, window).to(self.device)  # who is there cannot move there
     return torch.cat([(guilty[now] & new).sum(1) for _, now in self.pasted(rows, crops, start, stop)]).cpu()
 
-def _judge(self:Search, net, rows, guilty, enough:float=math.inf)->dict: # window int64 [n, 4], moved int64 [n], forwards int64 [n]
+def _judge(self:Search, net, rows, guilty, enough:float=math.inf)->dict: # window int64 [n, 4]; moved, forwards int64 [n]
     """Of the candidates of some pictures the one whose crop moves most pictures of a first look, and how many it moves of all.
 
     Nobody asks on who has moved more than `enough` by then: it cannot become less."""
