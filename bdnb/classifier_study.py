@@ -263,7 +263,8 @@ def _made(self:ClassifierCase, system, choice, folder)->bool:
 
 def _row(self:ClassifierCase, system, choice=Pool()):
     "The finished row of a system, from the disk or made now."
-    tag, plain = choice.tag(), re.sub('[^a-zA-Z0-9_.-]', '-', system)
+    tag, plain = choice.tag(), re.sub('[^a-zA-Z0-9_.+-]', '-', system)
+    if '{' in system or '[' in system: plain += '-' + hashlib.sha256(system.encode()).hexdigest()[:6]   # others may end alike
     named = f'{plain}@{tag}' if tag and system not in CONTROLS else plain
     folder = self.folder if system == 'none' else self.folder/named
     if not self.made(system, choice, folder):

@@ -600,7 +600,7 @@ def _bcu_options(o):
 
 def _ratios(text):
     "'stage4=.3,head=.1' -> shares by stage or layer."
-    found = read_options(text, '--ratios, such as head=.1')
+    found = read_options(text, '--ratios (such as head=.1)')
     if not found or not all(type(v) in (int, float) for v in found.values()):
         raise BdnbError(f'--ratios {text!r}: needs layers and shares with commas between, such as head=.1')
     return found
@@ -883,12 +883,20 @@ _TRUTHS = {'localisation': ('examined_poisons', 'Examined poisoned pictures whos
            'precision': ('removed', 'Poisoned pictures among those to be left out.')}
 
 def _truth(folder, pile):
-    "(boxes by key, [height, width]) of the attack in a folder, or None. `BdnbError` when no picture of the corpus is in it."
+    "(boxes by key, [height, width]) of the attack in a folder, or None. `BdnbError` when its pictures are not the corpus's."
     from bdnb.attacks.ssl import load_boxes
+    from bdnb.data.images import load_image
     if folder is None: return
     boxes, size = load_boxes(folder)
-    if any(_box(boxes, k) for k in pile.keys): return boxes, size
-    raise BdnbError(f"--truth {folder}: none of its pictures is in this corpus; scan {folder/'captions.csv'}")
+    rows = {k: i for i, k in enumerate(pile.keys)}
+    at = {k: rows.get(k, rows.get(k.removeprefix('images/'))) for k in boxes}
+    missing, hint = [k for k, i in at.items() if i is None], 'scan the pictures that it wrote, all of them and as they are'
+    if missing:
+        raise BdnbError(f'--truth {folder}: {len(missing)} of its {len(at)} pictures are not here, first {missing[0]}; {hint}')
+    for k in list(at)[::max(1, len(at)//32)]:                       # all attacks call their pictures alike
+        if not load_image(folder/k, 32).equal(pile.sample(at[k], 32).image):
+            raise BdnbError(f'--truth {folder}: its {k} is another picture than that of this corpus; {hint}')
+    return boxes, size
 
 def _box(boxes, key): return boxes.get(key) or boxes.get(f'images/{key}')       # read as a table, or as a folder
 
@@ -1011,7 +1019,7 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
          recipe:_option(str, '--recipe', help='Settings to start from; a wrong name lists them.')='shapes',
          clean:_option(str, '--clean', help='Clean corpus for the cures; by default held out of --data.')=None,
          attacks:_option(str, '--attacks', help='Names with commas between, or all; by default what fits the victim.')=None,
-         defenses:_option(str, '--defenses', help='Names with commas between; by default finetune,cleanclip.')=None,
+         defenses:_option(str, '--defenses', help='For CLIP: finetune,cleanclip (the default); also kd_only, bcu.')=None,
          only:_option(str, '--only', help='Only these: finetune, cleanclip; bcu; poisoncam, patchsearch, victims.')=None,
          seeds:_option(str, '--seeds', help='With commas between.')='0',
          results:_option(Path, '--results', help='Write the rows to this JSON file.')=None, target:_O.target=None,

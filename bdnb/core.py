@@ -46,12 +46,12 @@ def read_value(
     text:str, # as written on a command line
 )->object:    # int, float, bool, None, list, dict, or the text itself
     "A number, a fraction such as 8/255, true, false, null, JSON in brackets, or a word."
-    named, over = dict(true=True, false=False, null=None), re.fullmatch(r'(\d+)/(\d*[1-9]\d*)', text)
+    named, over = dict(true=True, false=False, null=None), re.fullmatch('([0-9]{1,18})/(?!0+$)([0-9]{1,18})', text)
     if text.lower() in named: return named[text.lower()]
     if over: return int(over[1])/int(over[2])
     for kind in (int, float, json.loads) if text[:1] in ('[', '{', '"') else (int, float):
         try: return kind(text)
-        except ValueError: continue
+        except (ValueError, RecursionError): continue
     return text
 
 def split_commas(text:str)->list: # of str, stripped; empty parts are left out

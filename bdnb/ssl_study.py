@@ -151,7 +151,9 @@ class SslCase:
         recipe = replace(self.study.ssl, epochs=self.study.again) if again and self.study.again else self.study.ssl
         done, note = folder/'encoder.safetensors', folder/'training.json'
         about = {} if kept is None else dict(kept=kept)
-        if about and folder.exists() and not (note.exists() and read_json(note).get('kept') == kept): shutil.rmtree(folder)
+        if about and folder.exists() and not (note.exists() and read_json(note).get('kept') == kept):
+            warnings.warn(f'{folder}: trained on other pictures than this scan keeps, or on nobody knows which; trained again')
+            shutil.rmtree(folder)
         if not done.exists():
             if about: write_json(note, about)            # before its checkpoint, which only the same pictures go on from
             e, _, seconds = train_encoder(corpus(), recipe, self.seed, out=folder, quiet=self.quiet)
@@ -179,10 +181,11 @@ def _detector(self:SslCase, system):
 
 def _plain(settings): return json.loads(json.dumps(asdict(settings)))
 
-def _settings(self:SslCase, system)->dict: # as JSON reads them back; None for a control
-    "All numbers of a detector, as a row keeps them."
+def _settings(self:SslCase, system, usual=False)->dict: # as JSON reads them back; None for a control
+    "All numbers of a detector, as a row keeps them; `usual`: as if none had been chosen."
     if system in CONTROLS + AGAINS: return None
     how = self.detector(system)
+    if usual: how = type(how)()
     return _plain(replace(how, filter=how.recipe(self.study.ssl.image_size)))
 
 def _detect(self:SslCase, system)->tuple: # (Findings, its measures, seconds)
@@ -220,28 +223,27 @@ def _make(self:SslCase, system, retrain=True)->dict:
                 rate=shares['share_of_set'], class_rate=shares['share_of_target'], verdict=verdict(before), before=before,
                 after=after, seconds=seconds, peak_bytes=peak_bytes(), **more)
 
-def _finished(path, settings, usual)->dict: # None: to be made
-    "A row from the disk. One of other settings of its detector is not used, one that does not tell them is; both are said."
-    if not path.exists(): return
-    row = read_json(path)
-    if settings is None: return row
-    was = row.get('settings')
-    if was is None:
-        warnings.warn(f'{path}: does not say which settings its detector had; it is used as it is. Delete it to scan again')
-        return row
-    k = next((k for k in {**settings, **was} if was.get(k, usual.get(k)) != settings.get(k)), None)   # (usual: it came later)
-    if k is None: return row
-    warnings.warn(f'{path}: was made with {k}={was.get(k)!r}, not {settings.get(k)!r}; the scan is done again')
+def _unlike(was, settings, usual): # the name of the first option that differs, or None
+    "A row that does not know an option is one of its usual value: the option came later."
+    whole = usual | was | dict(filter=usual['filter'] | was.get('filter', {}))
+    return next((k for k in {**settings, **was} if whole.get(k) != settings.get(k)), None)
 
 def _row(self:SslCase, system, retrain=True)->dict:
     "The finished row of a system, from the disk or made now."
     settings, names = self.settings(system), [f'row-{system}.json']
-    usual = settings and _plain(type(self.detector(system))())
     if settings and not retrain: names.append(f'row-{system}-scan.json')         # a row with a training holds all that is asked
-    for path in (self.folder/n for n in names):
-        if row := _finished(path, settings, usual): return row
-    write_json(path, self.make(system, retrain))
+    others = []
+    for path in (p for p in (self.folder/n for n in names) if p.exists()):
+        was = (row := read_json(path)).get('settings')
+        if settings and was is None: warnings.warn(f'{path}: {_SILENT}')
+        k = _unlike(was, settings, self.settings(system, usual=True)) if settings and was else None
+        if k is None: return row
+        others.append(f'{path}: was made with {k}={was.get(k)!r}, not {settings.get(k)!r}; the scan is done again')
+    for line in others: warnings.warn(line)
+    write_json(path := self.folder/names[-1], self.make(system, retrain))
     return read_json(path)
+
+_SILENT = 'does not say which settings its detector had; it is used as it is. Delete it to scan again'
 
 SslCase.make, SslCase.row = _make, _row
 

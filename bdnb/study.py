@@ -40,7 +40,7 @@ class Recipe:
     n:int=8000                   # ShapeCaps: training pictures
     clean_n:int=3000             # trusted clean samples that the cures get
     test_n:int=1200              # ShapeCaps: test pictures
-    cure:dict=field(default_factory=lambda: dict(epochs=5, lr=2e-3, batch_size=64))     # what all cures share
+    cure:dict=field(default_factory=lambda: dict(epochs=5, lr=2e-3, batch_size=64))     # what all cures share, but for `OWN`
     cures:dict=field(default_factory=lambda: dict(cleanclip=dict(text_backend='packaged')))   # system -> its own settings;
                                  # the packaged synonyms are the same on every machine, WordNet may be there or not
     precision:str='no'           # 'bf16' or 'fp16' on a GPU

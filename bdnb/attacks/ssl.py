@@ -331,6 +331,9 @@ def load_boxes(
     for n, (key, *box) in enumerate((r or [''] for r in rows), 2):
         if len(box) != 4 or not all(re.fullmatch('-1|[0-9]{1,9}', v) for v in box):
             raise BdnbError(f'{table} row {n}: must be a key and four whole numbers')
-        found[key] = [int(v) for v in box]
+        found[key] = t, l, h, w = [int(v) for v in box]
+        inside = min(t, l) >= 0 and min(h, w) >= 1 and t + h <= size[0] and l + w <= size[1]
+        if not inside and {t, l, h, w} != {-1}:
+            raise BdnbError(f'{table} row {n}: is no box in a picture of {size[0]} x {size[1]}')
     if not found: raise BdnbError(f'{table}: it names no picture')
     return found, size

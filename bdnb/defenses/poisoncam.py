@@ -536,7 +536,7 @@ def _findings(self:Search)->Findings:
         p = self.stages.stage(f'classifier{self.again}', lambda: self.classify(net), 'classifier')['probability']
         cleared = p <= self.recipe.threshold
         judge = lambda: self.suspects(net, score, window, cleared)
-        verdicts = self.stages.stage(f'verdicts{self.again}', judge, 'second opinion')
+        verdicts = self.stages.stage(f'opinions{self.again}', judge, 'second opinion')
         window, keep = verdicts['window'], verdicts['keep']
         found.evidence['acquitted'] = int((keep & ~cleared).sum())
         if keep.any(): found = replace(found, probability=p, keep=keep, verdict=FOUND, window=window)
