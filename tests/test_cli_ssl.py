@@ -132,7 +132,12 @@ def test_attack_then_scan(run, tmp_path, tiny):
     by_key = {r['key']: r for r in table(tmp_path/'scan'/'findings.csv')}
     assert numbers['examined_poisons'] == sum(by_key[k]['score'] != '' for k in load_boxes(tmp_path/'p')[0])
     code, _, err = run(f"scan shapes:?n=40 {line.replace('/scan', '/other')}")
-    assert code == 2 and 'none of its pictures is in this corpus' in err and 'captions.csv' in err and not (tmp_path/'other').exists()
+    assert code == 2 and f'{poisons} of its {poisons} pictures are not here' in err and not (tmp_path/'other').exists(), err
+    code, _, err = run(f'attack shapes:?n=40 --mode ssl --trigger patch:pattern=12 --target star --class-rate 1 --out {tmp_path}/q')
+    assert code == 0, err
+    code, _, err = run(f"scan {tmp_path}/q/captions.csv {line.replace('/scan', '/other')}")            # called alike by both attacks
+    assert code == 2 and 'is another picture than that of this corpus' in err, err
+    assert not (tmp_path/'other').exists()
 
 
 @pytest.mark.parametrize('size, text, why', [
@@ -141,6 +146,9 @@ def test_attack_then_scan(run, tmp_path, tiny):
     ([32, 32], 'key,top,left,height,width\na,1,2,3,1e9\n', 'row 2'),
     ([32, 32], f'key,top,left,height,width\na,1,2,3,{"9"*5000}\n', 'row 2'),
     ([32, 32], 'key,top,left,height,width\na,-2,2,3,4\n', 'row 2'),
+    ([32, 32], 'key,top,left,height,width\na,-1,-1,-1,-1\nb,-1,2,3,4\n', 'row 3: is no box in a picture of 32 x 32'),
+    ([32, 32], 'key,top,left,height,width\na,29,2,4,4\n', 'row 2: is no box'),
+    ([32, 32], 'key,top,left,height,width\na,0,0,0,0\n', 'row 2: is no box'),
     ([32, 32], 'key,top,left,height,width\n', 'names no picture'),
     ([32, 32], 'image,top,left,height,width\na,1,2,3,4\n', 'columns must be key, top'),
     ([32, 32], None, 'boxes.csv: no such file'),

@@ -3,7 +3,6 @@ import csv
 import importlib
 import inspect
 import io
-import math
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
@@ -269,7 +268,7 @@ def test_precisions_that_cannot_be():
         run.stages.stage('features', run.features)
 
 
-def judged(monkeypatch, *offers, rows=4, enough=math.inf, **options):
+def judged(monkeypatch, *offers, rows=4, **options):
     """What `judge` makes of candidates: each offer is 'trigger', where it is, or 'beside', where nothing is."""
     run, poisons, boxes = searching(window=.25, **options)
     poisons, guilty = poisons[:rows], torch.zeros(2, dtype=torch.bool)
@@ -278,7 +277,7 @@ def judged(monkeypatch, *offers, rows=4, enough=math.inf, **options):
     beside = torch.where(right < 12, 24, 0)*torch.tensor([1, 1, 0, 0]) + torch.tensor([0, 0, 8, 8])
     windows = torch.stack([right if o == 'trigger' else beside for o in offers], 1)
     monkeypatch.setattr(run, 'candidates', lambda net, rows: (windows, rows*0 + 5))
-    with torch.no_grad(): return run.judge(None, poisons, guilty, enough), right, beside
+    with torch.no_grad(): return run.judge(None, poisons, guilty), right, beside
 
 
 @pytest.mark.parametrize('offers', [('beside', 'trigger', 'beside'), ('trigger', 'beside', 'beside'),
@@ -292,17 +291,7 @@ def test_of_windows_that_move_equally_many_the_first_is_taken(monkeypatch):
     found, _, beside = judged(monkeypatch, 'beside', 'beside', 'beside')
     assert found['window'].equal(beside) and (found['moved'] == 0).all()
     found, right, _ = judged(monkeypatch, 'trigger', 'trigger')
-    assert found['window'].equal(right) and (found['forwards'] == 5 + 2*32 + 20).all()     # there are 52 test pictures, not 128
-
-
-def test_who_moves_enough_at_first_is_asked_no_further(monkeypatch):
-    "Nobody's verdict changes: what was moved stays moved."
-    whole, right, _ = judged(monkeypatch, 'beside', 'trigger', judge_tests=48, look=16)
-    short = judged(monkeypatch, 'beside', 'trigger', judge_tests=48, look=16, enough=3.)[0]
-    assert (short['forwards'] == 5 + 2*16).all() and (whole['forwards'] == 5 + 2*16 + 32).all()
-    assert short['window'].equal(right) and (3 < short['moved']).all() and (short['moved'] < whole['moved']).all()
-    beside = judged(monkeypatch, 'beside', 'beside', judge_tests=48, look=16, enough=0.)[0]
-    assert (beside['forwards'] == 5 + 2*16 + 32).all() and (beside['moved'] == 0).all()
+    assert found['window'].equal(right) and (found['forwards'] == 5 + 2*52).all()          # there are 52 test pictures, not 128
 
 
 def test_suspects_that_proved_nothing_are_looked_at_again(monkeypatch):
@@ -325,8 +314,8 @@ def test_suspects_that_proved_nothing_are_looked_at_again(monkeypatch):
     assert again[truth].sum() == 10 and found.window[~again].equal(window[~again])
     assert found.localisation(boxes)['localisation'] == 1 and (found.window[~found.keep] >= 0).all()
     assert not found.keep[truth].any() and keep[~truth].equal(found.keep[~truth])                   # no poison is acquitted
-    first, rest = 2*49 + 3*32, 20                 # 49 masks; 32 test pictures of one cluster and all 20 of the other, a look of 32
-    assert found.evidence['forwards']['second opinion'] == int(again.sum())*first + INNOCENTS*(first + rest)
+    asked = int(again.sum()) + INNOCENTS                   # 49 masks; 32 test pictures of one cluster and all 20 of the other
+    assert found.evidence['forwards']['second opinion'] == asked*(2*49 + 3*52)
 
 
 def test_suspects_whose_window_does_nothing_are_acquitted(monkeypatch):
@@ -355,10 +344,10 @@ def test_a_settled_scan_goes_on_where_it_was(tmp_path, monkeypatch):
         p = classify(self, net)['probability']
         p[honest] = .99
         return dict(probability=p)
-    def hearing(self, net, rows, guilty, enough):
+    def hearing(self, net, rows, guilty):
         heard.append(rows)
         if dies and len(heard) > 3: raise KeyboardInterrupt
-        return judge(self, net, rows, guilty, enough)
+        return judge(self, net, rows, guilty)
     monkeypatch.setattr(Search, 'classify', suspicious)
     monkeypatch.setattr(Search, 'judge', hearing)
     go = lambda: PoisonCAM(clusters=2, tests=64, search='all', filter=quick).scan(corpus, encoder(), out=tmp_path, quiet=True)
@@ -381,8 +370,8 @@ def test_who_is_acquitted(monkeypatch):
     run.own, score, keep = torch.arange(200)//100, torch.full((200,), .01), torch.ones(200, dtype=torch.bool)
     score[100:105], suspects, said = .5, [100, 110, 10, 11, 12], {110: 0, 10: 0, 11: 3, 12: 2}
     keep[suspects], window = False, torch.zeros(200, 4, dtype=torch.int64)
-    def judge(net, rows, guilty, enough):
-        assert guilty.tolist() == [False, True] and enough in (math.inf, 2, -1)
+    def judge(net, rows, guilty):
+        assert guilty.tolist() == [False, True]
         moved = torch.tensor([said.get(int(r), 2) for r in rows])
         return dict(window=torch.full((len(rows), 4), 7), moved=moved, forwards=moved)
     monkeypatch.setattr(run, 'judge', judge)

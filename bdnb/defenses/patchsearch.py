@@ -182,7 +182,7 @@ class PatchSearchRun(Search):
         heat = grad_cam(self.encoder, self.gather(rows), self.target, self.layer)
         return Located(windows_of(heat, self.w), heat, heat.new_zeros(len(rows)), torch.ones(len(rows), dtype=torch.int64))
 
-    def judge(self, net, rows, guilty, enough=math.inf)->dict: # window int64 [n, 4], forwards int64 [n]; nobody is acquitted
+    def judge(self, net, rows, guilty)->dict: # window int64 [n, 4], forwards int64 [n]; nobody is acquitted, so nothing is moved
         "Windows of suspects that the search did not examine: by the gradient alone, as published."
         found = self.locate(rows)
         return dict(window=found.window.cpu(), forwards=found.forwards)

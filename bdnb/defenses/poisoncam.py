@@ -536,7 +536,7 @@ def _findings(self:Search)->Findings:
         p = self.stages.stage(f'classifier{self.again}', lambda: self.classify(net), 'classifier')['probability']
         cleared = p <= self.recipe.threshold
         judge = lambda: self.suspects(net, score, window, cleared)
-        verdicts = self.stages.stage(f'opinions{self.again}', judge, 'second opinion')
+        verdicts = self.stages.stage(f'verdicts{self.again}', judge, 'second opinion')
         window, keep = verdicts['window'], verdicts['keep']
         found.evidence['acquitted'] = int((keep & ~cleared).sum())
         if keep.any(): found = replace(found, probability=p, keep=keep, verdict=FOUND, window=window)
@@ -627,22 +627,19 @@ def _candidates(self:Search, net, rows)->tuple: # (int64 [n, 3, 4], passes of th
     return torch.stack([found.window, window(alone - under), window(alone)], 1).cpu(), found.forwards
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #1de84356
-def _blamed(self:Search, rows, window, guilty, start:int, stop:int)->torch.Tensor: # int64 [n] on the CPU
-    "How many of the test pictures `start` to `stop` the crops move into guilty clusters."
+def _blamed(self:Search, rows, window, guilty, count:int)->torch.Tensor: # int64 [n] on the CPU
+    "How many of the first `count` test pictures the crops move into guilty clusters."
     guilty = guilty.to(self.device)
-    new, crops = ~guilty[self.test_own[start:stop]], self.cut(rows, window).to(self.device)  # who is there cannot move there
-    return torch.cat([(guilty[now] & new).sum(1) for _, now in self.pasted(rows, crops, start, stop)]).cpu()
+    new, crops = ~guilty[self.test_own[:count]], self.cut(rows, window).to(self.device)     # who is there cannot move there
+    return torch.cat([(guilty[now] & new).sum(1) for _, now in self.pasted(rows, crops, 0, count)]).cpu()
 
-def _judge(self:Search, net, rows, guilty, enough:float=math.inf)->dict: # window int64 [n, 4]; moved, forwards int64 [n]
-    """Of the candidates of some pictures the one whose crop moves most pictures of a first look, and how many it moves of all.
-
-    Nobody asks on who has moved more than `enough` by then: it cannot become less."""
+def _judge(self:Search, net, rows, guilty)->dict: # window int64 [n, 4], moved int64 [n], forwards int64 [n]
+    "Of the candidates of some pictures the one whose crop moves most test pictures, and how many it moves."
     windows, passes = self.candidates(net, rows)
-    first, last = self.judge_looks()
-    moved, best = torch.stack([self.blamed(rows, w, guilty, 0, first) for w in windows.unbind(1)], 1).max(1)
-    window, more = windows[torch.arange(len(rows)), best], moved <= enough
-    if first < last and more.any(): moved[more] += self.blamed(rows[more], window[more], guilty, first, last)
-    return dict(window=window, moved=moved, forwards=passes + first*windows.shape[1] + (last - first)*more)
+    last = min(self.how.judge_tests, len(self.tests))
+    moved = torch.stack([self.blamed(rows, w, guilty, last) for w in windows.unbind(1)], 1).max(1)
+    return dict(window=windows[torch.arange(len(rows)), moved.indices], moved=moved.values,
+                forwards=passes + last*windows.shape[1])
 
 def _suspects(self:Search, net, score, window, cleared)->dict: # window int64 [N, 4], keep bool [N]
     "Who stays a suspect, and where: pictures whose crop reached the bar stay as they are; of the others see `judge`."
@@ -652,24 +649,19 @@ def _suspects(self:Search, net, score, window, cleared)->dict: # window int64 [N
     innocent = (cleared & ~proven & elsewhere).nonzero()[:, 0]
     innocent = innocent[torch.randperm(len(innocent), generator=rng('innocents', how.seed))[:INNOCENTS]]
     trial = how.acquit is not None and len(innocent) >= INNOCENTS//4             # with fewer there is nothing to compare with
-    n, self.stages.bar.hint, usual = len(doubtful) + len(innocent)*trial, '', -1.
-    self.stages.expect(rows=n, **{'second opinion': n*self.judge_cost()})
-    def judge(rows, enough):
-        return self.stages.over(rows, lambda r: self.judge(net, r, guilty, enough), max(1, how.batch//64))
-    if trial: usual = float(judge(innocent, math.inf)['moved'].float().quantile(how.acquit))
-    made = judge(doubtful, usual)                                                # without a trial only the windows are asked for
-    if trial: keep[doubtful] = (made['moved'] <= usual) & elsewhere[doubtful]
-    window[doubtful] = torch.where(keep[doubtful][:, None], window[doubtful], made['window'])
+    rows, self.stages.bar.hint = torch.cat([doubtful, innocent]) if trial else doubtful, ''
+    self.stages.expect(rows=len(rows), **{'second opinion': len(rows)*self.judge_cost()})
+    made = self.stages.over(rows, lambda r: self.judge(net, r, guilty), max(1, how.batch//64))
+    here = made['window'][:len(doubtful)]
+    if trial:
+        moved, usual = made['moved'].float().split([len(doubtful), len(innocent)])
+        keep[doubtful] = (moved <= usual.quantile(how.acquit)) & elsewhere[doubtful]
+    window[doubtful] = torch.where(keep[doubtful][:, None], window[doubtful], here)
     return dict(window=window, keep=keep)
 
 def _judge_cost(self:Search)->int:
-    "Passes of the encoder that `judge` spends on a picture, at most."
-    first, last = self.judge_looks()
-    return 2*len(self.early) + 2*first + last
-
-def _judge_looks(self:Search)->tuple: # (test pictures that choose a window, those that count what it moves)
-    last = min(self.how.judge_tests, len(self.tests))
-    return min(self.how.look, last), last
+    "Passes of the encoder that `judge` spends on a picture."
+    return 2*len(self.early) + 3*min(self.how.judge_tests, len(self.tests))
 
 Search.guilty, Search.candidates, Search.blamed = _guilty, _candidates, _blamed
-Search.judge, Search.judge_cost, Search.judge_looks, Search.suspects = _judge, _judge_cost, _judge_looks, _suspects
+Search.judge, Search.judge_cost, Search.suspects = _judge, _judge_cost, _suspects
