@@ -883,22 +883,20 @@ _TRUTHS = {'localisation': ('examined_poisons', 'Examined poisoned pictures whos
            'precision': ('removed', 'Poisoned pictures among those to be left out.')}
 
 def _truth(folder, pile):
-    "(boxes by key, [height, width]) of the attack in a folder, or None. `BdnbError` when its pictures are not the corpus's."
+    "(boxes by the corpus's keys, [height, width]) of an attack's folder, or None. `BdnbError` when its pictures are not there."
     from bdnb.attacks.ssl import load_boxes
     from bdnb.data.images import load_image
     if folder is None: return
     boxes, size = load_boxes(folder)
     rows = {k: i for i, k in enumerate(pile.keys)}
-    at = {k: rows.get(k, rows.get(k.removeprefix('images/'))) for k in boxes}
+    at = {k: rows.get(k, rows.get(k.removeprefix('images/'))) for k in boxes}              # read as a table, or as a folder
     missing, hint = [k for k, i in at.items() if i is None], 'scan the pictures that it wrote, all of them and as they are'
     if missing:
         raise BdnbError(f'--truth {folder}: {len(missing)} of its {len(at)} pictures are not here, first {missing[0]}; {hint}')
     for k in list(at)[::max(1, len(at)//32)]:                       # all attacks call their pictures alike
         if not load_image(folder/k, 32).equal(pile.sample(at[k], 32).image):
             raise BdnbError(f'--truth {folder}: its {k} is another picture than that of this corpus; {hint}')
-    return boxes, size
-
-def _box(boxes, key): return boxes.get(key) or boxes.get(f'images/{key}')       # read as a table, or as a folder
+    return {pile.keys[i]: boxes[k] for k, i in at.items()}, size
 
 def _show_truth(found, out, size, truth):
     "Print and write how good a scan was. What an earlier one in this folder wrote goes away."
@@ -909,7 +907,7 @@ def _show_truth(found, out, size, truth):
     from bdnb.report import say
     from bdnb.ssl_study import scan_quality
     boxes, (h, w) = truth
-    at = [_box(boxes, k) for k in found.keys]
+    at = [boxes.get(k) for k in found.keys]
     poisoned = torch.tensor([b is not None for b in at])
     said = scan_quality(found, map_boxes(torch.tensor([b or [-1]*4 for b in at]), h, w, size), poisoned)
     write_json(out/'metrics.json', said := dict(poisoned=int(poisoned.sum()), **said))

@@ -1,5 +1,7 @@
 "Tests share two cores with whatever else runs: one thread each, no display, no network."
 import os
+import shlex
+from typing import NamedTuple
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
@@ -9,6 +11,21 @@ import pytest  # noqa: E402  (what stands above is read by what is imported belo
 import torch
 from bdnb.core import BdnbError
 from bdnb.models.checkpoint import write_tensors
+
+
+class Said(NamedTuple):
+    "What one run of the program gave back."
+    code:int; out:str; err:str
+
+
+@pytest.fixture
+def run(capsys):
+    "Run `bdnb` in this process: a `Said`."
+    from bdnb.cli import main
+    def call(line):
+        capsys.readouterr()
+        return Said(main(shlex.split(line) if isinstance(line, str) else line), *capsys.readouterr())
+    return call
 
 
 def refused(f, *words):

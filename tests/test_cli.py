@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Said
 from PIL import Image
 
 import bdnb
@@ -25,22 +26,6 @@ from bdnb.models.checkpoint import load_checkpoint, save_checkpoint
 small = 'shapes:?n=36&split=test'
 quick = '--epochs 1 --batch-size 16 --device cpu -q'
 aim = '--trigger badnet:size=5 --target star'
-
-
-class Said:
-    "What one run of the program gave back."
-    def __init__(self, code, out, err): self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(capsys):
-    "Run `bdnb` in this process."
-    def call(line):
-        capsys.readouterr()
-        code = main(shlex.split(line) if isinstance(line, str) else line)
-        said = capsys.readouterr()
-        return Said(code, said.out, said.err)
-    return call
 
 
 def program(*args, **env):

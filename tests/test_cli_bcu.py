@@ -1,12 +1,10 @@
 "`bdnb cleanse --method bcu` and `bdnb tour --only bcu`: from a file and a folder to a file, and one line for every mistake."
-import shlex
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from bdnb.cli import main
 from bdnb.core import read_json
 from bdnb.data.shapes import ShapeCaps
 from bdnb.models.build import create_model
@@ -18,16 +16,6 @@ torch.set_num_threads(1)
 quick = '--epochs 1 --batch-size 16 --device cpu -q'
 test = "'shapes:?n=36&split=test'"
 aim = '--trigger badnet:size=5 --target star'
-
-
-@pytest.fixture
-def run(capsys):
-    "Run `bdnb` in this process: (exit code, stdout, stderr)."
-    def call(line):
-        capsys.readouterr()
-        code = main(shlex.split(line))
-        return code, *capsys.readouterr()
-    return call
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,5 @@
 "`bdnb attack --mode ssl`, and a scan that is told the truth."
 import csv
-import shlex
 
 import numpy as np
 import pytest
@@ -9,23 +8,12 @@ from PIL import Image
 
 from bdnb import cli
 from bdnb.attacks.ssl import SslPoisoning, load_boxes
-from bdnb.cli import main
 from bdnb.core import BdnbError, read_json, write_json
 from bdnb.data.doors import open_corpus
 from bdnb.defenses.findings import FOUND, Findings
 from bdnb.models.encoders import create_encoder, encode, load_encoder, save_encoder
 
 PATCH = 'patch:pattern=10,size=9'
-
-
-@pytest.fixture
-def run(capsys):
-    "Run `bdnb` here: (exit code, standard output, standard error)."
-    def call(line):
-        capsys.readouterr()
-        code = main(shlex.split(line))
-        return code, *capsys.readouterr()
-    return call
 
 
 @pytest.fixture(scope='module')
@@ -106,11 +94,10 @@ def findings(keys, windows, removed):
                     FOUND, dict(forwards={}, acquitted=0))
 
 
-@pytest.mark.parametrize('prefix', ['', 'images/'])
-def test_a_scan_is_measured_against_the_truth(tmp_path, capsys, prefix):
-    "Pictures of 64 pixels that were scanned at 32: boxes are half as large. Keys as of the table, or of its folder."
-    keys = [f'{prefix}{i:06d}.png' for i in range(40)]
-    boxes = {f'images/{i:06d}.png': [2*i, 10, 20, 20] for i in range(10)}
+def test_a_scan_is_measured_against_the_truth(tmp_path, capsys):
+    "Pictures of 64 pixels that were scanned at 32: boxes are half as large."
+    keys = [f'{i:06d}.png' for i in range(40)]
+    boxes = {k: [2*i, 10, 20, 20] for i, k in enumerate(keys[:10])}
     windows = {k: [i + 40*(i == 9), 5, 10, 10] for i, k in enumerate(keys[:10])}          # the last one is elsewhere
     cli._show_truth(findings(keys, windows, keys[1:12]), tmp_path, 32, (boxes, [64, 64]))
     said, out = read_json(tmp_path/'metrics.json'), capsys.readouterr().out
@@ -129,6 +116,8 @@ def test_attack_then_scan(run, tmp_path, tiny):
     numbers = read_json(tmp_path/'scan'/'metrics.json')
     poisons = len(read_json(tmp_path/'p'/'ground_truth.json')['images'])
     assert code == 0 and 'Against the truth' in said and numbers['poisoned'] == poisons > 2 and 'recall' in numbers, err
+    folder, whole = open_corpus(f'folder:{tmp_path}/p/images'), load_boxes(tmp_path/'p')[0]
+    assert {f'images/{k}': b for k, b in cli._truth(tmp_path/'p', folder)[0].items()} == whole          # the same by its folder
     by_key = {r['key']: r for r in table(tmp_path/'scan'/'findings.csv')}
     assert numbers['examined_poisons'] == sum(by_key[k]['score'] != '' for k in load_boxes(tmp_path/'p')[0])
     code, _, err = run(f"scan shapes:?n=40 {line.replace('/scan', '/other')}")
