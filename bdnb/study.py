@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RECIPES', 'DEFENSES', 'OWN', 'TABLE_ATTACKS', 'SPLITS', 'NAMES', 'Recipe', 'make_defense', 'make_recipe',
            'study_data', 'train_victim', 'peak_bytes', 'same_study', 'path_of', 'data_name', 'tour', 'pool_words',
-           'summary', 'say_system', 'defence_table']
+           'summary', 'say_system', 'markdown_table', 'defence_table', 'say_command', 'say_origin']
 
 # %% ../nbs/app/00_study.ipynb #5460068b
-import copy, json, re, time
+import copy, json, re, shlex, time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -247,6 +247,13 @@ def say_system(system)->str:
     name, _, options = system.partition(':')
     return NAMES.get(name, name) + (f", {options.replace(',', ', ')}" if options else '') + on + pool
 
+def markdown_table(head, # the columns' names
+                   lines, # of anything, as many a line as there are columns
+                  )->str: # Markdown
+    "A table; a bar in a cell is escaped."
+    cell = lambda x: str(x).replace('|', '\\|')
+    return '\n'.join('| ' + ' | '.join(map(cell, line)) + ' |' for line in (head, ['---']*len(head), *lines))
+
 def defence_table(rows, # of `tour`, or of a results file
                   pair=('ca', 'asr'), # two metrics, shown as "first / second" in per cent
                  ) -> str: # Markdown
@@ -256,6 +263,19 @@ def defence_table(rows, # of `tour`, or of a results file
     def number(c, k): return f"{100*c[k]:.1f}" + (f" ± {100*c[k + '_std']:.1f}" if c['seeds'] > 1 else '')
     def show(c): return ' / '.join(number(c, k) for k in pair if k in c)
     at = {(c['attack'], c['system']): show(c) for c in cells}
-    lines = [['attack', *(say_system(s) for s in systems)], ['---']*(len(systems) + 1)]
-    lines += [[a, *(at.get((a, s), '') for s in systems)] for a in attacks]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    lines = [[a, *(at.get((a, s), '') for s in systems)] for a in attacks]
+    return markdown_table(['attack', *(say_system(s) for s in systems)], lines)
+
+# %% ../nbs/app/00_study.ipynb #17240bfe
+def say_command(study:dict)->str: # a results file, as `read_json` reads it
+    "The command that wrote a results file, as a shell wants it; early files hold it without quotes, or without `python -m`."
+    words = shlex.split(study['command'])
+    if re.fullmatch(r'\w+_study\.py', words[0]): words[:1] = 'python', '-m', f'bdnb.{words[0][:-3]}'
+    return shlex.join(words)
+
+def say_origin(study:dict)->str: # Markdown
+    "Who wrote a results file: command, commit, machine."
+    h = study['hardware']
+    threads = f", {study['threads']} thread(s)" if 'threads' in study else ''
+    return (f"```sh\n{say_command(study)}\n```\n\nCommit {study['commit']}, {h['cpu']}, {h['cores']} core(s){threads}, "
+            f"GPU: {h['gpu'] or 'none'}.")
