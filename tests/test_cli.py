@@ -20,8 +20,11 @@ import bdnb
 from bdnb import cli
 from bdnb.cli import main
 from bdnb.core import BdnbError, read_json
+from bdnb.data.shapes import ShapeCaps
 from bdnb.models.build import create_model
 from bdnb.models.checkpoint import load_checkpoint, save_checkpoint
+from bdnb.models.classifiers import create_classifier, load_classifier, save_classifier
+from bdnb.models.encoders import create_encoder, save_encoder
 
 small = 'shapes:?n=36&split=test'
 quick = '--epochs 1 --batch-size 16 --device cpu -q'
@@ -558,6 +561,27 @@ def test_no_command_that_is_shown_is_refused(run, tmp_path, monkeypatch):
         said = run(words)
         if words[0] == 'tour': assert 'everything was accepted' in said.err, (name, command, said.err)
         else: assert said.code == 0 or re.search('no such|file or folder|unknown corpus', said.err), (name, command, said.err)
+
+
+@pytest.mark.slow
+def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pairs = ShapeCaps(64)                                                                              # a batch of CleanCLIP
+    Path('photos').mkdir()
+    names = [f'photos/{key}.png' for key in pairs.keys]
+    for name, image in zip(names, pairs.images): Image.fromarray(image.permute(1, 2, 0).numpy()).save(name)
+    lines = '\n'.join(f'{name},"{text}"' for name, text in zip(names, pairs.texts))
+    Path('trusted.csv').write_text(f'image,caption\n{lines}\n')
+    save_encoder(create_encoder('resnet10/half'), 'encoder.safetensors')
+    save_classifier(create_classifier('resnet18', pairs.classes, width=8), 'classifier.safetensors')
+    save_checkpoint(create_model('tiny'), 'clip.safetensors')
+    text = (Path(__file__).parents[1]/'README.md').read_text(encoding='utf-8')
+    block, = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    exec(block, {})
+    said = capsys.readouterr().out
+    assert 'no evidence of a patch trigger []' in said and re.search(r'picked \d.*; agrees with the old one on \d+\.\d%', said), said
+    assert load_classifier('cleansed.safetensors').classes == pairs.classes
+    assert load_checkpoint('cleansed-clip.safetensors').name == load_checkpoint('clip.safetensors').name == 'tiny'
 
 
 def test_interrupt(run, monkeypatch, tmp_path):
