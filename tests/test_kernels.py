@@ -289,14 +289,16 @@ def test_a_launch_has_one_axis(road, paired, monkeypatch):
             return self.kernel[grid]
 
     if kernels: monkeypatch.setattr(cam, '_on_kernel', lambda *tensors: True)
-    for name in ('pack', 'views', 'weights', 'heat') if kernels else (): monkeypatch.setattr(cam, f'_{name}_kernel', Watched(name))
+    for name in ('pack', 'views', 'weights', 'heat') if kernels else ():
+        monkeypatch.setattr(cam, f'_{name}_kernel', Watched(name))
     for name, tiles in dict(pack=dict(BLOCK=16), weights=dict(BM=16), heat=dict(BB=16, BM=16, BN=16)).items():
         monkeypatch.setitem(cam._TUNED, name, {**cam._TUNED[name], **tiles})
     x, masks, pairs = pictures(B, H, W), mask_bank(M, H, W), some_pairs(B*M, B, M) if paired else None
     z, c, own, base = features(B*M, 5), centres(3, 5), torch.arange(B) % 3, torch.rand(B, generator=rng('base'))
     on = lambda v: None if v is None else v.to(road)
     close(masked_views(*map(on, (x, masks, pairs)), mean, std), exact_views(x, masks, pairs), VIEWS[torch.float32])
-    close(recluster_vote(*map(on, (z, c, own, base, masks, pairs))).heat, exact_votes(z, c, own, base, masks, pairs, True)[3], HEAT)
+    votes = recluster_vote(*map(on, (z, c, own, base, masks, pairs)))
+    close(votes.heat, exact_votes(z, c, own, base, masks, pairs, True)[3], HEAT)
     assert launched == ({(name, True) for name in ('views', 'heat', 'weights' if paired else 'pack')} if kernels else set())
 
 
