@@ -14,9 +14,10 @@ from bdnb.study import DEFENSES, make_recipe, unlike
 def test_the_first_option_that_differs():
     usual = dict(rate=.1, ratios=None, filter=dict(steps=9, width=4))
     said = lambda was, **now: unlike(Path('x'), was, usual | now, usual)
-    for same in usual, {}, dict(rate=.1), dict(filter=dict(steps=9)), dict(filter=None), dict(gone=None): assert said(same) is None
+    for same in usual, {}, dict(rate=.1), dict(filter=dict(steps=9)), dict(filter=None), dict(gone=None):
+        assert said(same) is None, same
     assert said(dict(rate=.2)) == 'x: was made with rate=0.2, not 0.1'
-    assert said({}, rate=.3) == 'x: was made with rate=0.1, not 0.3'                   # it came later, at another value than the usual
+    assert said({}, rate=.3) == 'x: was made with rate=0.1, not 0.3'              # it came later, and is not as usual now
     assert said(dict(filter=dict(width=8))) == 'x: was made with filter.width=8, not 4'
     assert said(dict(gone=1)) == 'x: was made with gone=1, not None'
     assert said(dict(ratios=dict(head=.1))) == 'x: was made with ratios.head=0.1, not None'
@@ -62,8 +63,8 @@ def test_a_row_belongs_to_its_cures_settings(rows):
     other, cured, said = rows(weight_decay=.25)
     assert len(cured) == 1 and len(other) == 2
     assert said == [f'{rows.folder}: was made with weight_decay=0.125, not 0.25; it is made again']
-    assert sorted(p.name for p in rows.folder.iterdir()) == ['config.json', 'row.json', 'weights 0.25']     # nothing of the old cure
+    assert sorted(p.name for p in rows.folder.iterdir()) == ['config.json', 'row.json', 'weights 0.25']      # and nothing old
     config = read_json(rows.folder/'config.json')
-    del config['settings']['schedule']                                                 # an option that came later, as it usually is
+    del config['settings']['schedule']                                                 # it came later, and is as usual
     write_json(rows.folder/'config.json', config)
     assert rows(weight_decay=.25) == (other, [], [])
