@@ -9,14 +9,13 @@ __all__ = ['CLASSIFIER_DEFENSES', 'CONTROLS', 'UNLABELLED', 'CLASSIFIER_RECIPES'
            'classifier_tour', 'told', 'study_options', 'main']
 
 # %% ../nbs/app/03_classifier_study.ipynb #7ec3cafd
-import argparse, hashlib, json, re, shutil, time
+import argparse, hashlib, re, time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
-from .core import (BdnbError, check_names, derive_seed, did_you_mean, limit_threads, read_json, read_options, rng, stamp,
-                       write_json)
+from .core import BdnbError, check_names, derive_seed, limit_threads, read_json, read_options, rng, stamp, write_json
 from .attacks.supervised import (SUPERVISED_ATTACKS, VIEWS, Attacked, attack_classifier, batches_of, labelled,
                                      make_supervised_attack, train_classifier, victim)
 from .attacks.triggers import Trigger
@@ -29,7 +28,7 @@ from .evaluate import trigger_seeds
 from .models.classifiers import evaluate_classifier, load_classifier, save_classifier
 from .objectives.classify import CrossEntropyObjective
 from .train import fit, run_device, settled_precision
-from .study import data_name, path_of, peak_bytes, same_study
+from .study import data_name, path_of, peak_bytes, row_stands, same_study, write_rows
 
 # %% ../nbs/app/03_classifier_study.ipynb #7c9092e5
 _SWIFT = dict(optimizer='adamw', lr=2e-3, weight_decay=.05)
@@ -43,7 +42,7 @@ UNLABELLED = [s for s, (kind, _) in CLASSIFIER_DEFENSES.items() if issubclass(ki
 def split_system(system:str)->tuple: # (name, options)
     "'bcu:scale=4,t_squared=true': a cure of `CLASSIFIER_DEFENSES`, and what it does otherwise. `BdnbError` for another."
     name, _, rest = system.partition(':')
-    if name not in CLASSIFIER_DEFENSES: raise BdnbError(f"unknown system '{name}'; {did_you_mean(name, CLASSIFIER_DEFENSES)}")
+    check_names([name], CLASSIFIER_DEFENSES, 'unknown system')
     return name, read_options(rest, f'system {name}')
 
 # %% ../nbs/app/03_classifier_study.ipynb #fdff9a7e
@@ -108,7 +107,7 @@ TABLE_CLASSIFIER_ATTACKS = [a for a in ('badnets', 'blended', 'input_aware', 'la
 
 def make_classifier_recipe(name='shapes', **changes)->ClassifierRecipe:
     "A recipe by name, with changes. Unknown names and fields raise `BdnbError`."
-    if name not in CLASSIFIER_RECIPES: raise BdnbError(f"unknown recipe '{name}'; {did_you_mean(name, CLASSIFIER_RECIPES)}")
+    check_names([name], CLASSIFIER_RECIPES, 'unknown recipe')
     check_names(changes, ClassifierRecipe.__dataclass_fields__, 'a recipe has no field')
     return replace(CLASSIFIER_RECIPES[name], **changes)
 
@@ -252,22 +251,14 @@ class ClassifierCase:
         return evaluate_classifier(model, test, self.victim()[1], r.target), dict(seconds=read_json(folder/'seconds.json'))
 
 # %% ../nbs/app/03_classifier_study.ipynb #c1a55e02
-def _made(self:ClassifierCase, system, choice, folder)->bool:
-    "Is there a row of these very settings? One of others is thrown away."
-    if not (folder/'row.json').exists() or system in CONTROLS: return (folder/'row.json').exists()
-    defense, plain = self.defense(system, choice), lambda d: json.loads(json.dumps(asdict(d)))
-    then = plain(type(defense)()) | read_json(folder/'config.json')['settings']     # options that came later: their defaults
-    if then == plain(defense): return True
-    shutil.rmtree(folder)
-    return False
-
 def _row(self:ClassifierCase, system, choice=Pool()):
     "The finished row of a system, from the disk or made now."
     tag, plain = choice.tag(), re.sub('[^a-zA-Z0-9_.+-]', '-', system)
     if '{' in system or '[' in system: plain += '-' + hashlib.sha256(system.encode()).hexdigest()[:6]   # others may end alike
     named = f'{plain}@{tag}' if tag and system not in CONTROLS else plain
     folder = self.folder if system == 'none' else self.folder/named
-    if not self.made(system, choice, folder):
+    done = (folder/'row.json').exists() if system in CONTROLS else row_stands(folder, self.defense(system, choice))
+    if not done:
         _, _, note = self.victim()
         if system == 'none': after, more = note['metrics'], dict(seconds=note['seconds'])
         else: after, more = self.clean() if system == 'clean' else self.cure(system, choice, folder)
@@ -278,7 +269,7 @@ def _row(self:ClassifierCase, system, choice=Pool()):
             precision=settled_precision(self.recipe.precision), commit=stamp()['commit'], peak_bytes=peak_bytes()))
     return read_json(folder/'row.json')
 
-ClassifierCase.made, ClassifierCase.row = _made, _row
+ClassifierCase.row = _row
 
 # %% ../nbs/app/03_classifier_study.ipynb #6bcc404a
 def check_tour(attacks, defenses, seeds, pools, recipe):
@@ -287,8 +278,7 @@ def check_tour(attacks, defenses, seeds, pools, recipe):
     cures = [d for d in defenses if d not in CONTROLS]
     for d in cures: recipe.defense(d)
     for a in attacks: make_supervised_attack(a, recipe.target, **recipe.attacks.get(a, {}))
-    for a in recipe.attacks:
-        if a not in SUPERVISED_ATTACKS: raise BdnbError(f"recipe: unknown attack {a!r}; {did_you_mean(a, SUPERVISED_ATTACKS)}")
+    check_names(recipe.attacks, SUPERVISED_ATTACKS, 'recipe: unknown attack')
     if recipe.augment not in VIEWS: raise BdnbError(f"recipe: augment={recipe.augment!r} must be True, 'crop' or False")
     labelled = [d for d in cures if split_system(d)[0] not in UNLABELLED]
     for p in pools:
@@ -330,7 +320,7 @@ def classifier_tour(out, # folder for models, logs and rows; a finished row is n
             found = [case.row(s) for s in once] + [case.row(s, choice) for choice in pools for s in cures]
             rows += [{'data': name, **r} for r in found]
             if not quiet: print('\n'.join(told(r) for r in rows[-1 - len(found):]), flush=True)
-    if results: write_json(results, {'study': Path(results).stem, **stamp(), 'recipe': asdict(recipe), 'rows': rows})
+    if results: write_rows(results, recipe, rows)
     return rows
 
 # %% ../nbs/app/03_classifier_study.ipynb #c5463fb5

@@ -562,7 +562,7 @@ def _defense(method, given):
     from bdnb.study import DEFENSES, make_defense
     given = {k: v for k, v in given.items() if v is not None}
     if method in DEFENSES:
-        known = [f.name for f in fields(DEFENSES[method])]
+        known = [f.name for f in fields(DEFENSES[method][0])]
         refuse(given, ' '.join(k for k in given if k not in known), f'method {method!r} has no such option')
     return make_defense(method, **given)
 

@@ -7,11 +7,10 @@ __all__ = ['SSL_METHODS', 'SSL_STUDIES', 'AGAIN', 'CONTROLS', 'AGAINS', 'ERASE',
            'detectors', 'make_detector', 'ssl_data', 'scan_quality', 'SslCase', 'ssl_tour']
 
 # %% ../nbs/app/04_ssl_study.ipynb #0bd36201
-import json, re, shutil, warnings
+import shutil, warnings
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
 from pathlib import Path
-from .core import BdnbError, check_names, did_you_mean, read_json, stamp, write_json
+from .core import BdnbError, check_names, read_json, write_json
 from .attacks.ssl import SslPoisoning
 from .attacks.triggers import TRIGGERS, make_trigger
 from .data.doors import open_corpus
@@ -21,8 +20,8 @@ from .defenses.poisonfilter import FilterRecipe
 from .models.encoders import load_encoder, save_encoder
 from .objectives.ssl import SslRecipe, train_encoder
 from .probe import evaluate_encoder, verdict
-from .study import data_name, peak_bytes, same_study
-from .train import _digest, run_device
+from .study import case_folder, data_name, peak_bytes, study_in, unlike, write_rows, written
+from .train import digest, run_device
 
 # %% ../nbs/app/04_ssl_study.ipynb #d50ba9ec
 _SMALL = SslRecipe('mocov2', 'resnet10/half', 16, 32, 'global_local', 36, 64, .1, weight_decay=5e-4, warmup=30, queue=512,
@@ -64,11 +63,11 @@ SSL_STUDIES = dict(
 
 def make_ssl_study(name='wallpapers', **changes)->SslStudy:
     "A study's recipe by name, with changes; fields of its training recipe may be given too. Unknown ones raise `BdnbError`."
-    if name not in SSL_STUDIES: raise BdnbError(f"unknown recipe '{name}'; {did_you_mean(name, SSL_STUDIES)}")
+    check_names([name], SSL_STUDIES, 'unknown recipe')
     study = SSL_STUDIES[name]
     method = changes.pop('method', None)
     if method is not None:
-        if method not in SSL_METHODS: raise BdnbError(f"unknown method '{method}'; {did_you_mean(method, SSL_METHODS)}")
+        check_names([method], SSL_METHODS, 'unknown method')
         kept = {k: getattr(study.ssl, k) for k in ('image_size', 'encoder', 'width')}
         study = replace(study, ssl=replace(SSL_METHODS[method], **kept))
     outer, inner = SslStudy.__dataclass_fields__, SslRecipe.__dataclass_fields__
@@ -99,7 +98,7 @@ ERASE = '+erase'     # after a detector's name: overwrite what it found instead 
 def make_detector(name:str, **options):
     "A detector by its system name, with or without `ERASE`. Unknown names and options raise `BdnbError`."
     known, name = detectors(), name.removesuffix(ERASE)
-    if name not in known: raise BdnbError(f"unknown system '{name}'; {did_you_mean(name, known)}")
+    check_names([name], known, 'unknown system')
     options_of = [f.name for f in fields(known[name])]
     check_names(options, options_of, f'{name} has no option')
     return known[name](**options)
@@ -179,14 +178,12 @@ def _detector(self:SslCase, system):
     name = system.removesuffix(ERASE)
     return make_detector(name, **{'seed': self.seed, **self.study.detectors.get(name, {})})
 
-def _plain(settings): return json.loads(json.dumps(asdict(settings)))
-
 def _settings(self:SslCase, system, usual=False)->dict: # as JSON reads them back; None for a control
     "All numbers of a detector, as a row keeps them; `usual`: as if none had been chosen."
     if system in CONTROLS + AGAINS: return None
     how = self.detector(system)
     if usual: how = type(how)()
-    return _plain(replace(how, filter=how.recipe(self.study.ssl.image_size)))
+    return written(replace(how, filter=how.recipe(self.study.ssl.image_size)))
 
 def _detect(self:SslCase, system)->tuple: # (Findings, its measures, seconds)
     truth, out = self.poisoned(), self.folder/system.removesuffix(ERASE)
@@ -199,7 +196,7 @@ def _retrained(self:SslCase, system, found):
     pile, erase = self.poisoned().corpus, system.endswith(ERASE)
     clean = lambda: erase_windows(pile, found, seed=self.seed) if erase else pile.subset(found.keep.numpy())
     chosen = found.keep, *([found.window[~found.keep]] if erase else [])
-    kept = _digest(v.cpu().contiguous().numpy().tobytes() for v in chosen)
+    kept = digest(v.cpu().contiguous().numpy().tobytes() for v in chosen)
     return self.encoder(self.folder/system/'retrained', clean, again=True, kept=kept)
 
 SslCase.detector, SslCase.settings, SslCase.detect, SslCase.retrained = _detector, _settings, _detect, _retrained
@@ -223,11 +220,6 @@ def _make(self:SslCase, system, retrain=True)->dict:
                 rate=shares['share_of_set'], class_rate=shares['share_of_target'], verdict=verdict(before), before=before,
                 after=after, seconds=seconds, peak_bytes=peak_bytes(), **more)
 
-def _unlike(was, settings, usual): # the name of the first option that differs, or None
-    "A row that does not know an option is one of its usual value: the option came later."
-    whole = usual | was | dict(filter=usual['filter'] | was.get('filter', {}))
-    return next((k for k in {**settings, **was} if whole.get(k) != settings.get(k)), None)
-
 def _row(self:SslCase, system, retrain=True)->dict:
     "The finished row of a system, from the disk or made now."
     settings, names = self.settings(system), [f'row-{system}.json']
@@ -236,10 +228,10 @@ def _row(self:SslCase, system, retrain=True)->dict:
     for path in (p for p in (self.folder/n for n in names) if p.exists()):
         was = (row := read_json(path)).get('settings')
         if settings and was is None: warnings.warn(f'{path}: {_SILENT}')
-        k = _unlike(was, settings, self.settings(system, usual=True)) if settings and was else None
-        if k is None: return row
-        others.append(f'{path}: was made with {k}={was.get(k)!r}, not {settings.get(k)!r}; the scan is done again')
-    for line in others: warnings.warn(line)
+        other = unlike(path, was, settings, self.settings(system, usual=True)) if settings and was else None
+        if not other: return row
+        others.append(other)
+    for other in others: warnings.warn(f'{other}; the scan is done again')
     write_json(path := self.folder/names[-1], self.make(system, retrain))
     return read_json(path)
 
@@ -266,17 +258,13 @@ def ssl_tour(out, # folder for encoders, logs, scans and rows; a finished row is
     for s in systems: make_detector(s, **study.detectors.get(s.removesuffix(ERASE), {}))
     for a in attacks: ssl_plan(a, study)
     named = lambda controls: [c for c in controls if reference or not c.startswith('clean')]
-    settings = dict(recipe=json.loads(json.dumps(asdict(study))), data=data, test=test, probe=probe)
-    if (out/'study.json').exists(): same_study(out, settings)      # its rows may be finished, and none would ask for the data
+    settings = dict(recipe=asdict(study), data=data, test=test, probe=probe)
+    corpora = study_in(out, settings, lambda seed: ssl_data(data, study, seed, test, probe))
     for seed in seeds:
-        @lru_cache(None)
-        def opened(seed=seed):
-            corpora = ssl_data(data, study, seed, test, probe)
-            same_study(out, settings)
-            return corpora
+        opened = corpora(seed)
         for attack in attacks:
-            case = SslCase(out/f'{re.sub("[^a-zA-Z0-9_.=,-]", "-", attack)}-seed{seed}', attack, seed, study, opened, quiet)
+            case = SslCase(case_folder(out, attack, seed), attack, seed, study, opened, quiet)
             asked = *named(CONTROLS), *systems, *named(AGAINS if study.again and retrain else ())
             rows += [{'data': name, **case.row(s, retrain)} for s in asked]
-    if results: write_json(results, {'study': Path(results).stem, **stamp(), 'recipe': asdict(study), 'rows': rows})
+    if results: write_rows(results, study, rows)
     return rows

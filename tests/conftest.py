@@ -34,6 +34,19 @@ def refused(f, *words):
     assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), e.value
 
 
+def state(m): return {k: v.clone() for k, v in m.state_dict().items()}
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory):
+    "The file of a small encoder; only read."
+    from bdnb.models.encoders import create_encoder, save_encoder
+    path = tmp_path_factory.mktemp('encoder')/'e.safetensors'
+    save_encoder(create_encoder('resnet10/half', 4), path)
+    return path
+
+
 @pytest.fixture
 def stranger(tmp_path):
     "Writes a header and tensors; returns the path."

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from conftest import same, state
 from bdnb.core import BdnbError
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.doors import open_corpus
@@ -21,8 +22,6 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def slim(name='resnet18', classes=12, seed=0): return create_classifier(name, classes, width=NETS[name], seed=seed)
-def state(m): return {k: v.clone() for k, v in m.state_dict().items()}
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope='module')

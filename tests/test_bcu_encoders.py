@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from conftest import same, state
 from bdnb.core import BdnbError, derive_seed
 from bdnb.data.batches import Batches
 from bdnb.data.corpus import ArrayCorpus
@@ -22,8 +23,6 @@ torch.set_num_threads(1)
 
 
 def slim(): return create_classifier('resnet18', 12, width=8)
-def state(m): return {k: v.clone() for k, v in m.state_dict().items()}
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope='module')

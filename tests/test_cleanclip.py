@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import state
 import bdnb.defenses.cleanclip as module
 from bdnb.attacks.triggers import make_trigger
 from bdnb.core import BdnbError
@@ -210,9 +211,6 @@ def test_short_runs_and_accumulation(asked):
     CleanCLIP(epochs=1, text_backend='packaged').cleanse(fresh(), big(640), grad_accum=2)
     CleanCLIP(epochs=1, schedule='official', text_backend='packaged').cleanse(fresh(), big(640))
     assert (asked[0].steps, asked[0].warmup, asked[1].steps, asked[1].warmup) == (5, 0, 10, 50)
-
-
-def state(model): return {k: v.clone() for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize('defense', [CleanCLIP(epochs=3, lr=1e-3, batch_size=16, text_backend='packaged'),

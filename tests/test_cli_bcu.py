@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from conftest import same
 from bdnb.core import read_json
 from bdnb.data.shapes import ShapeCaps
 from bdnb.models.build import create_model
@@ -46,7 +47,6 @@ def files(tmp_path_factory):
 
 
 def weights(path): return load_classifier(path).state_dict()
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_folder_without_labels_cleanses_a_classifier(files, run, tmp_path):

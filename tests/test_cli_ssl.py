@@ -11,16 +11,9 @@ from bdnb.attacks.ssl import SslPoisoning, load_boxes
 from bdnb.core import BdnbError, read_json, write_json
 from bdnb.data.doors import open_corpus
 from bdnb.defenses.findings import FOUND, Findings
-from bdnb.models.encoders import create_encoder, encode, load_encoder, save_encoder
+from bdnb.models.encoders import encode, load_encoder
 
 PATCH = 'patch:pattern=10,size=9'
-
-
-@pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
-    path = tmp_path_factory.mktemp('encoder')/'e.safetensors'
-    save_encoder(create_encoder('resnet10/half', 4), path)
-    return path
 
 
 def photos(folder, n=24, size=48, classes=()):

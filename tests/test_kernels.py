@@ -275,6 +275,33 @@ def test_a_view_that_stays_has_the_similarity_that_won(road):
     assert not votes.heat.any() and torch.equal(votes.similarity[::3], best)
 
 
+@pytest.mark.parametrize('paired', [False, True])
+def test_a_launch_has_one_axis(road, paired, monkeypatch):
+    "CUDA ends the others at 65,535 programs. Several blocks of everything that can be long."
+    B, M, H, W, launched, kernels = 17, 37, 5, 9, set(), cam._on_kernel(torch.zeros(1, device=road))
+
+    class Watched:
+        def __init__(self, name): self.name, self.kernel = name, getattr(cam, f'_{name}_kernel')
+
+        def __getitem__(self, grid):
+            assert len(grid) == 1, self.name
+            launched.add((self.name, grid[0] > 3))
+            return self.kernel[grid]
+
+    if kernels: monkeypatch.setattr(cam, '_on_kernel', lambda *tensors: True)
+    for name in ('pack', 'views', 'weights', 'heat') if kernels else ():
+        monkeypatch.setattr(cam, f'_{name}_kernel', Watched(name))
+    for name, tiles in dict(pack=dict(BLOCK=16), weights=dict(BM=16), heat=dict(BB=16, BM=16, BN=16)).items():
+        monkeypatch.setitem(cam._TUNED, name, {**cam._TUNED[name], **tiles})
+    x, masks, pairs = pictures(B, H, W), mask_bank(M, H, W), some_pairs(B*M, B, M) if paired else None
+    z, c, own, base = features(B*M, 5), centres(3, 5), torch.arange(B) % 3, torch.rand(B, generator=rng('base'))
+    on = lambda v: None if v is None else v.to(road)
+    close(masked_views(*map(on, (x, masks, pairs)), mean, std), exact_views(x, masks, pairs), VIEWS[torch.float32])
+    votes = recluster_vote(*map(on, (z, c, own, base, masks, pairs)))
+    close(votes.heat, exact_votes(z, c, own, base, masks, pairs, True)[3], HEAT)
+    assert launched == ({(name, True) for name in ('views', 'heat', 'weights' if paired else 'pack')} if kernels else set())
+
+
 @pytest.mark.parametrize('soft', [True, False])
 def test_a_broken_feature_breaks_its_map_and_no_other(road, soft):
     z, c, masks = features(6, 5), centres(4, 5), mask_bank(3, 6, 6)

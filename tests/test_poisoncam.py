@@ -2,9 +2,7 @@
 import csv
 import importlib
 import inspect
-import io
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from PIL import Image
 from torch import nn
 
 from bdnb.attacks.patches import CTRL, coverage
-from bdnb.cli import main
 from bdnb.core import BdnbError, rng, write_json
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Scan, contents
@@ -494,12 +491,18 @@ def bench(monkeypatch, name):
     return importlib.import_module(name)
 
 
-def test_the_race_reads_a_victims_folder_and_its_columns_add_up(tmp_path, monkeypatch):
-    race, folder = bench(monkeypatch, 'poisoncam'), tmp_path/'patch-pattern=10-seed3'
+def victims_folder(out):
+    "What a study leaves of a victim."
+    folder = out/'patch-pattern=10-seed3'
     save_encoder(create_encoder('resnet10/half', 4), folder/'encoder.safetensors')
     write_json(folder/'training.json', dict(seconds=1.))
     write_json(folder/'row-none.json', dict(before=dict(ca=.9, pa=.8, asr=.1, fp=.0)))
-    write_json(tmp_path/'study.json', dict(recipe=asdict(make_ssl_study(n=120, epochs=7))))
+    write_json(out/'study.json', dict(recipe=asdict(make_ssl_study(n=120, epochs=7))))
+    return folder
+
+
+def test_the_race_reads_a_victims_folder_and_its_columns_add_up(tmp_path, monkeypatch):
+    race, folder = bench(monkeypatch, 'poisoncam'), victims_folder(tmp_path)
     case = race.victim(folder, dict(class_rate=.5))
     assert (case.attack, case.seed, case.study.class_rate, case.study.ssl.epochs) == ('patch:pattern=10', 3, .5, 7)
     row = race.measure(case, race.OURS, PoisonCAM(window=.34, clusters=4, tests=16, look=4, filter=quick))
@@ -517,11 +520,7 @@ def test_the_race_reads_a_victims_folder_and_its_columns_add_up(tmp_path, monkey
 @pytest.mark.parametrize('search', ['adaptive', 'all'])
 def test_the_second_opinion_is_measured(tmp_path, monkeypatch, search):
     bench(monkeypatch, 'poisoncam')
-    suspects, folder = bench(monkeypatch, 'suspects'), tmp_path/'patch-pattern=10-seed3'
-    save_encoder(create_encoder('resnet10/half', 4), folder/'encoder.safetensors')
-    write_json(folder/'training.json', dict(seconds=1.))
-    write_json(folder/'row-none.json', dict(before=dict(ca=.9, pa=.8, asr=.1, fp=.0)))
-    write_json(tmp_path/'study.json', dict(recipe=asdict(make_ssl_study(n=120, epochs=7))))
+    suspects, folder = bench(monkeypatch, 'suspects'), victims_folder(tmp_path)
     case = bench(monkeypatch, 'poisoncam').victim(folder)
     eager = PoisonCAM(window=.34, clusters=4, tests=40, look=8, judge_tests=16, evidence=.01, witnesses=1,
                       search=search, filter=quick)
@@ -539,19 +538,12 @@ def test_the_ablation_varies_one_setting_at_a_time(monkeypatch):
     for s in every: PoisonCAM(**s)
 
 
-def run(line):
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err): code = main(line.split())
-    return code, out.getvalue(), err.getvalue()
-
-
-def test_scan_command_names_and_skips_a_damaged_picture(tmp_path):
+def test_scan_command_names_and_skips_a_damaged_picture(run, tmp_path, tiny):
     folder = tmp_path/'pile'
     folder.mkdir()
     for i, x in enumerate(pile(n=30, every=0)[0].images): Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder/f'{i:02d}.png')
     (folder/'15x.png').write_bytes(b'\x89PNG\r\n\x1a\nnot a picture')
-    save_encoder(create_encoder('resnet10/half', 4), tmp_path/'e.safetensors')
-    code, out, err = run(f"scan folder:{folder} --encoder {tmp_path/'e.safetensors'} --out {tmp_path/'scan'} --clusters 2 -q")
+    code, out, err = run(f"scan folder:{folder} --encoder {tiny} --out {tmp_path/'scan'} --clusters 2 -q")
     assert code == 0, err
     rows = list(csv.DictReader(open(tmp_path/'scan'/'findings.csv')))
     page = (tmp_path/'scan'/'report.html').read_text()
@@ -567,7 +559,7 @@ def test_scan_command_names_and_skips_a_damaged_picture(tmp_path):
     ('scan shapes:?n=20 --encoder nothing.safetensors --precision bf61 --out {out}', "--precision 'bf61'"),
     ('scan shapes:?n=20 --encoder nothing.safetensors --precision fp16 --device cpu --out {out}', 'precision=fp16 needs a GPU'),
     ('scan shapes:?n=20 --train moco --drop-tokens --out {out}', '--drop-tokens: is for --encoder')])
-def test_bad_scans_say_so_in_one_line_and_leave_nothing(tmp_path, line, says):
+def test_bad_scans_say_so_in_one_line_and_leave_nothing(run, tmp_path, line, says):
     out = tmp_path/'out'
     code, _, err = run(line.format(out=out))
     assert code == 2 and says in err and err.count('\n') == 1 and not out.exists()

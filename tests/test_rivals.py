@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conftest import same, state
 from bdnb.core import BdnbError
 from bdnb.data.batches import Batches
 from bdnb.data.corpus import ArrayCorpus
@@ -22,8 +23,6 @@ ALL = {'finetune': FineTuneClassifier(**QUICK), 'fine_pruning': FinePruning(**QU
 
 
 def slim(name='resnet18', width=8, seed=0): return create_classifier(name, 12, width=width, seed=seed)
-def state(m): return {k: v.clone() for k, v in m.state_dict().items()}
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope='module')

@@ -190,13 +190,6 @@ def run(*args):
     return code, out.getvalue(), err.getvalue()
 
 
-@pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
-    path = tmp_path_factory.mktemp('encoder')/'e.safetensors'
-    save_encoder(create_encoder('resnet10/half', 4), path)
-    return path
-
-
 def test_a_damaged_picture_is_named_counted_and_skipped(tmp_path, tiny):
     pile = fill(tmp_path/'pile', 30, 0)
     code, out, err = run('scan', f'folder:{pile}', '--encoder', tiny, '--out', tmp_path/'scan', '--clusters', 2, '-q')

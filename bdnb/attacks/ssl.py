@@ -20,7 +20,7 @@ from ..core import BdnbError, atomic_write, did_you_mean, read_json, rng, write_
 from .patches import CTRL, PICTURES, PicturePatch, coverage, iou, map_boxes, trigger_picture
 from .poisoning import Poisoned, Poisoning, _copy_images, _stamp
 from .triggers import Trigger, make_trigger, seeds_from_keys
-from ..data.corpus import ArrayCorpus, _rows
+from ..data.corpus import ArrayCorpus, read_rows
 
 # %% ../../nbs/attacks/03_ssl_poisoning.ipynb #a8ece1d5
 _all_ = ['CTRL', 'PICTURES', 'PicturePatch', 'coverage', 'iou', 'map_boxes', 'trigger_picture']
@@ -326,7 +326,7 @@ def load_boxes(
     size = d.get('size') if isinstance(d, dict) else None
     if not isinstance(size, list) or len(size) != 2 or not all(type(v) is int and 0 < v < 2**16 for v in size):
         raise BdnbError(f'{said}: size must be [height, width] of the pictures')
-    header, rows = _rows(table, 'utf-8')
+    header, rows = read_rows(table, 'utf-8')
     if tuple(header) != BOX_COLUMNS: raise BdnbError(f"{table}: its columns must be {', '.join(BOX_COLUMNS)}")
     for n, (key, *box) in enumerate((r or [''] for r in rows), 2):
         if len(box) != 4 or not all(re.fullmatch('-1|[0-9]{1,9}', v) for v in box):

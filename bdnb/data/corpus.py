@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_CAPTION', 'SUFFIXES', 'Sample', 'Corpus', 'SubsetCorpus', 'ArrayCorpus', 'FolderCorpus', 'clean_caption',
-           'CsvCorpus', 'MergedCorpus', 'merge']
+           'read_rows', 'CsvCorpus', 'MergedCorpus', 'merge']
 
 # %% ../../nbs/data/01_corpus.ipynb #a121f515
 import copy, csv, os, re, shutil, tempfile, weakref
@@ -373,8 +373,9 @@ def clean_caption(
 
 def _delimiter(path, first): return '\t' if path.suffix.lower() == '.tsv' or ('\t' in first and ',' not in first) else ','
 
-def _rows(path, encoding):
-    "The header and the rows of a CSV or TSV file as lists of cells."
+def read_rows(path:Path, # CSV or TSV
+              encoding:str)->tuple: # header, rows: lists of cells
+    "A table from a file. `BdnbError` names the file, and the line, that cannot be read or is empty."
     try:
         with path.open(newline='', encoding='utf-8-sig' if encoding.lower() in ('utf-8', 'utf8') else encoding) as f:
             first = f.readline()
@@ -417,7 +418,7 @@ class CsvCorpus(Corpus):
             encoding:str='utf-8',
             folder=None,             # where relative pictures begin; by default beside the file
             name:str=None):
-        path, (header, rows) = Path(path), _rows(Path(path), encoding)
+        path, (header, rows) = Path(path), read_rows(Path(path), encoding)
         wanted = ('image', image_col, True), ('caption', caption_col, False), ('label', label_col, False)
         cols = [_column(path, header, *w) for w in wanted]
         if cols[1] is None and cols[2] is None: _column(path, header, 'caption', None, True)

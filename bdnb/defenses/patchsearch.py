@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from ..core import BdnbError, did_you_mean, rng
 from .findings import Findings, Scan, contents
-from .poisoncam import Located, Search, choose_tests, windows_of
+from .poisoncam import Located, Search, choose_tests, pictures_to_scan, run_search, windows_of
 from .poisonfilter import FilterRecipe
 from ..evaluate import measuring
 
@@ -134,16 +134,12 @@ class PatchSearch:
             )->Findings:
         """Look for a patch trigger and remove what the classifier calls poisoned. There is always a best crop, so something is
         always found, as in the published method. Raises `BdnbError` for bad options or too few pictures."""
-        pictures = corpus.cache(encoder.image_size, budget_bytes=budget_bytes, progress=not quiet)
-        if len(pictures) < 8: raise BdnbError(f'{corpus.name}: {len(pictures)} pictures are too few to cluster; give 8 or more')
+        pictures = pictures_to_scan(corpus, encoder, budget_bytes, quiet)
         settings = asdict(replace(self, filter=self.recipe(encoder.image_size)))
         mark = contents(pictures.images, pictures.keys, encoder, dict(settings, method='patchsearch'))
         stages = Scan(out, mark, share, None, quiet, writer)
         device = torch.device(device) if device is not None else next(encoder.parameters()).device
-        with measuring(encoder.to(device)): found = PatchSearchRun(self, pictures, encoder, stages, device).findings()
-        stages.bar.close()
-        found.evidence.update(skipped=[list(s) for s in pictures.skipped], settings=settings)
-        return found
+        return run_search(PatchSearchRun, self, pictures, encoder, stages, device, settings)
 
 # %% ../../nbs/defenses/02_patchsearch.ipynb #10810ce1
 class PatchSearchRun(Search):

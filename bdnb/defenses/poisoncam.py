@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MASKS', 'SEARCHES', 'HALVES', 'WINDOWS', 'COARSER', 'SMALL_PILE', 'INNOCENTS', 'starts', 'mask_bank',
            'coarse_windows', 'masked_features', 'dropped_features', 'miss_bound', 'decided', 'paste_crops',
-           'choose_tests', 'several', 'check_clusters', 'cluster_counts', 'PoisonCAM', 'Search', 'Located',
-           'windows_of', 'pruned_rounds', 'warnings_of', 'Look', 'masked_probability']
+           'choose_tests', 'several', 'check_clusters', 'cluster_counts', 'PoisonCAM', 'pictures_to_scan', 'run_search',
+           'Search', 'Located', 'windows_of', 'pruned_rounds', 'warnings_of', 'Look', 'masked_probability']
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #a93c8ea8
 import math
@@ -190,6 +190,23 @@ class PoisonCAM:
                 raise BdnbError(f"poisoncam: {name}={v} must be 1 or more")
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #d54f7f45
+def pictures_to_scan(corpus, encoder, budget_bytes:int, quiet:bool):
+    "The pictures, decoded at the encoder's size. `BdnbError` when they are too few."
+    pictures = corpus.cache(encoder.image_size, budget_bytes=budget_bytes, progress=not quiet)
+    if len(pictures) < 8: raise BdnbError(f'{corpus.name}: {len(pictures)} pictures are too few to cluster; give 8 or more')
+    return pictures
+
+def run_search(kind, # `Search`, or a class that looks in another way
+               how, # `PoisonCAM`, or what takes its place
+               pictures, encoder, stages:Scan, device,
+               settings:dict, # that the findings keep
+              )->Findings:
+    "One search from the pictures to the findings."
+    with measuring(encoder.to(device)): found = kind(how, pictures, encoder, stages, device).findings()
+    stages.bar.close()
+    found.evidence.update(skipped=[list(s) for s in pictures.skipped], settings=settings)
+    return found
+
 def _scan(self:PoisonCAM, corpus, # any corpus; labels are not looked at
          encoder, # `Encoder`
          out=None, # folder: finished stages are kept there, and a killed scan goes on
@@ -200,18 +217,14 @@ def _scan(self:PoisonCAM, corpus, # any corpus; labels are not looked at
          budget_bytes:int=2**31, # decoded pictures beyond this lie in a mapped file
         )->Findings:
     "Look for a patch trigger. Raises `BdnbError` for too few pictures, or an encoder that gives no finite features."
-    pictures = corpus.cache(encoder.image_size, budget_bytes=budget_bytes, progress=not quiet)
-    if len(pictures) < 8: raise BdnbError(f'{corpus.name}: {len(pictures)} pictures are too few to cluster; give 8 or more')
+    pictures = pictures_to_scan(corpus, encoder, budget_bytes, quiet)
     device = torch.device(device) if device is not None else next(encoder.parameters()).device
     check_precision(self.precision, device.type)
     settings = asdict(replace(self, filter=self.recipe(encoder.image_size)))     # what is kept was made with these numbers
     settings['precision'] = settled_precision(self.precision, device.type)
     if settings['precision'] == 'no': del settings['precision']                  # as in scans that were kept before there was one
     stages = Scan(out, contents(pictures.images, pictures.keys, encoder, settings), share, None, quiet, writer)
-    with measuring(encoder.to(device)): found = Search(self, pictures, encoder, stages, device).findings()
-    stages.bar.close()
-    found.evidence.update(skipped=[list(s) for s in pictures.skipped], settings=settings)
-    return found
+    return run_search(Search, self, pictures, encoder, stages, device, settings)
 
 def _recipe(self:PoisonCAM, size:int)->FilterRecipe:
     "The poison classifier's numbers for pictures of so many pixels."

@@ -98,9 +98,9 @@ def _views_reference(images, masks, pairs, scale, shift, out):
 # %% ../../nbs/kernels/00_cam.ipynb #bdc81387
 if triton is not None:
     @triton.jit
-    def _pack_kernel(masks, words, M, HW, BLOCK: tl.constexpr):
+    def _pack_kernel(masks, words, M, HW, blocks, BLOCK: tl.constexpr):
         "Bit i of word w of a pixel: does mask 32 w + i cover it?"
-        at, w = tl.program_id(0)*BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+        at, w = (tl.program_id(0) % blocks)*BLOCK + tl.arange(0, BLOCK), tl.program_id(0) // blocks
         word = tl.zeros((BLOCK,), tl.int32)
         for i in range(0, tl.minimum(M - 32*w, 32)):
             covered = tl.load(masks + (32*w + i).to(tl.int64)*HW + at, mask=at < HW, other=0) != 0
@@ -156,7 +156,8 @@ def _views_triton(images, masks, pairs, scale, shift, out):
     words = torch.empty(0 if pairs is not None else triton.cdiv(M, 32), HW, dtype=torch.int32, device=out.device)
     groups, pack = B*triton.cdiv(M, tuned['GROUP']) if pairs is None else triton.cdiv(len(out), tuned['GROUP']), _TUNED['pack']
     with torch.cuda.device_of(out):
-        if pairs is None: _pack_kernel[(triton.cdiv(HW, pack['BLOCK']), len(words))](masks, words, M, HW, **pack)
+        packs = triton.cdiv(HW, pack['BLOCK'])
+        if pairs is None: _pack_kernel[(packs*len(words),)](masks, words, M, HW, packs, **pack)
         _views_kernel[(groups*blocks,)](
             images, masks, words, masks if pairs is None else pairs.contiguous(), scale, shift, out, len(out), B, M, HW, blocks,
             *steps, PAIRS=pairs is not None, LAST=last, BLOCK=block, **tuned)
@@ -496,9 +497,9 @@ def _heat_reference(vote, masks, pairs, B):
 # %% ../../nbs/kernels/00_cam.ipynb #73e03dba
 if triton is not None:
     @triton.jit
-    def _weights_kernel(vote, pairs, order, starts, sums, counts, M, columns, BM: tl.constexpr, BV: tl.constexpr):
+    def _weights_kernel(vote, pairs, order, starts, sums, counts, M, columns, blocks, BM: tl.constexpr, BV: tl.constexpr):
         "Of one picture: the sum of the votes that each of BM masks casts, and their number."
-        b, ms = tl.program_id(0).to(tl.int64), tl.program_id(1)*BM + tl.arange(0, BM)
+        b, ms = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks)*BM + tl.arange(0, BM)
         total, count = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
         i, end = tl.load(starts + b), tl.load(starts + b + 1)
         while i < end:
@@ -513,10 +514,11 @@ if triton is not None:
         tl.store(counts + b*columns + ms, count, mask=ms < columns)
 
     @triton.jit
-    def _heat_kernel(weight, down, number, lower, masks, heat, B, M, HW, width, PAIRS: tl.constexpr, BB: tl.constexpr,
+    def _heat_kernel(weight, down, number, lower, masks, heat, B, M, HW, blocks, width, PAIRS: tl.constexpr, BB: tl.constexpr,
                      BM: tl.constexpr, BN: tl.constexpr):
         "Mean votes of BB pictures on BN pixels."
-        at, bs = tl.program_id(0)*BN + tl.arange(0, BN), tl.program_id(1)*BB + tl.arange(0, BB)
+        pid = tl.program_id(0)
+        at, bs = (pid % blocks)*BN + tl.arange(0, BN), (pid // blocks)*BB + tl.arange(0, BB)
         row = tl.minimum(bs, B - 1)
         to = row.to(tl.int64)[:, None]*2*width + tl.arange(0, BM)[None, :]
         total, count = tl.zeros((BB, BN), tl.float32), tl.zeros((BB if PAIRS else 1, BN), tl.float32)
@@ -545,14 +547,16 @@ def _heat_triton(vote, masks, pairs, B):
         if pairs is not None:
             order, starts = _by_picture(pairs, B, M, vote.device)
             number = torch.empty_like(weight)
-            _weights_kernel[(B, triton.cdiv(columns, _TUNED['weights']['BM']))](
-                vote, pairs.contiguous(), order, starts, weight, number, M, columns, **_TUNED['weights'])
+            blocks = triton.cdiv(columns, _TUNED['weights']['BM'])
+            _weights_kernel[(B*blocks,)](
+                vote, pairs.contiguous(), order, starts, weight, number, M, columns, blocks, **_TUNED['weights'])
         width = triton.cdiv(columns, tuned['BM'])*tuned['BM']
         weight, down, _ = _split(weight, width)
         number, lower, _ = (weight, down, None) if pairs is None else _split(number, width)
-        _heat_kernel[(triton.cdiv(H*W, tuned['BN']), triton.cdiv(B, tuned['BB']))](
-            weight, down, number, lower, masks.contiguous().view(torch.uint8), heat, B, M, H*W, width, PAIRS=pairs is not None,
-            **tuned)
+        blocks = triton.cdiv(H*W, tuned['BN'])
+        _heat_kernel[(blocks*triton.cdiv(B, tuned['BB']),)](
+            weight, down, number, lower, masks.contiguous().view(torch.uint8), heat, B, M, H*W, blocks, width,
+            PAIRS=pairs is not None, **tuned)
     return heat
 
 # %% ../../nbs/kernels/00_cam.ipynb #db0b7826

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MOST', 'ARCHITECTURES', 'SHORT', 'conv3', 'conv1',
            'BasicBlock', 'he_normal', 'ResNet', 'stages', 'PreActBlock', 'PreActResNet', 'WideResNet', 'VGG',
-           'ViTBlock', 'ViT', 'check_sizes', 'Classifier', 'class_names', 'torchvision_names', 'timm_names',
-           'list_classifiers', 'torchvision_net', 'timm_cfg', 'timm_net', 'build_classifier_net', 'numbers_held',
-           'tried', 'check_network', 'create_classifier', 'save_classifier', 'classifier_header', 'usual_pictures',
-           'load_classifier', 'classifier_logits', 'evaluate_classifier', 'check_labels', 'class_number']
+           'ViTBlock', 'ViT', 'check_sizes', 'normalised', 'Classifier', 'class_names', 'torchvision_names',
+           'timm_names', 'list_classifiers', 'torchvision_net', 'timm_cfg', 'timm_net', 'build_classifier_net',
+           'numbers_held', 'tried', 'check_network', 'create_classifier', 'save_classifier', 'classifier_header',
+           'usual_pictures', 'load_classifier', 'classifier_logits', 'evaluate_classifier', 'check_labels',
+           'class_number']
 
 # %% ../../nbs/models/10_classifiers.ipynb #2c3956cf
 import re, warnings
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..core import BdnbError, derive_seed, did_you_mean, track
 from ..evaluate import accuracy, as_arrays, attack_success, measuring, target_quality, trigger_seeds
-from .build import count_numbers, laid_out
+from .build import check_pictures, count_numbers, laid_out
 from .checkpoint import check_enough, check_normalisation, load_weights, read_tensors, short, write_tensors
 
 # %% ../../nbs/models/10_classifiers.ipynb #72c22918
@@ -169,6 +170,13 @@ def check_sizes(name, **sizes): # of `MOST`; None is not looked at
         if v is not None and (isinstance(v, bool) or not isinstance(v, (int, np.integer)) or not 1 <= v <= MOST[what]):
             raise BdnbError(f"{name}: {what}={v!r} must be a whole number in 1 .. {MOST[what]}")
 
+def normalised(images, model, # with `image_size`, `mean` and `std`
+               who:str)->torch.Tensor: # float [B, 3, S, S], channels last
+    "Pictures uint8, or float 0..1 -> what the model's network reads. `BdnbError` for another size, naming `who` reads."
+    check_pictures(images, model.image_size, who)
+    x = images if images.is_floating_point() else images.float()/255
+    return ((x - model.mean[:, None, None])/model.std[:, None, None]).contiguous(memory_format=torch.channels_last)
+
 class Classifier(nn.Module):
     "A network with its name, class names, picture size and normalisation. `net.state_dict()` keeps the network's own names."
     def __init__(self, net:nn.Module, # normalised pictures [B, 3, S, S] -> logits [B, C]
@@ -185,12 +193,7 @@ class Classifier(nn.Module):
     def extra_repr(self): return f"name={self.name!r}, classes={len(self.classes)}, image_size={self.image_size}"
     def normalise(self, images)->torch.Tensor: # float [B, 3, S, S]
         "Pictures uint8, or float 0..1 -> what the network reads. Differentiable."
-        S = self.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, S, S):
-            raise BdnbError(f"pictures of shape {list(images.shape)} do not fit model {self.name!r}, which reads "
-                            f"[B, 3, {S}, {S}]: load them at size {S}")
-        x = images if images.is_floating_point() else images.float()/255
-        return ((x - self.mean[:, None, None])/self.std[:, None, None]).contiguous(memory_format=torch.channels_last)
+        return normalised(images, self, f'model {self.name!r}')
     def forward(self, images)->torch.Tensor: # logits [B, C]
         out = self.net(self.normalise(images))
         return getattr(out, 'logits', out)                   # GoogLeNet and Inception add auxiliary heads while training

@@ -18,7 +18,7 @@ from ..evaluate import measuring
 from .build import ClipModel, list_models
 from .checkpoint import check_enough, check_normalisation, load_checkpoint, read_tensors, short, write_tensors
 from .classifiers import (IMAGENET_MEAN, IMAGENET_STD, BasicBlock, build_classifier_net, check_sizes, he_normal,
-                                     numbers_held, stages, timm_names, torchvision_names, tried, usual_pictures)
+                                     normalised, numbers_held, stages, timm_names, torchvision_names, tried, usual_pictures)
 
 # %% ../../nbs/models/11_encoders.ipynb #080b6096
 STEMS = dict(small=(3, 4), padded=(3, 4), half=(3, 4), standard=(4,), lightly=(2,))     # `layer1`'s numbers in an `nn.Sequential`
@@ -83,12 +83,7 @@ class Encoder(nn.Module):
         return getattr(self.net, 'patch', None)
     def normalise(self, images)->torch.Tensor: # float [B, 3, S, S], channels last
         "Pictures uint8, or float 0..1 -> what the network reads. `BdnbError` for another size."
-        S = self.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, S, S):
-            raise BdnbError(f"pictures of shape {list(images.shape)} do not fit encoder {self.name!r}, which reads "
-                            f"[B, 3, {S}, {S}]: load them at size {S}")
-        x = images if images.is_floating_point() else images.float()/255
-        return ((x - self.mean[:, None, None])/self.std[:, None, None]).contiguous(memory_format=torch.channels_last)
+        return normalised(images, self, f'encoder {self.name!r}')
     def embed(self, x)->torch.Tensor: # [B, dim]
         "Normalised pictures -> features."
         return self.net(x)
