@@ -124,12 +124,13 @@ def tensors_of(found, prefix='') -> dict:
 def state_dict_in(found, path) -> dict:
     """The tensors in what a .pt holds: CleanCLIP, BadCLIP and open_clip put them under `state_dict`; the optimiser stays behind.
 
-    Of several state dicts side by side, as DINO's `student` and `teacher`, each puts its own name before those of its tensors."""
+    Of several state dicts side by side, as DINO's `student` and `teacher`, each puts its own name before those of its tensors.
+    A few loose tensors beside them, such as a counter or `queue_ptr`, keep their names; what a state dict has beside it stays behind."""
     for key in ('state_dict', 'model_state_dict', 'model', 'module'):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
-    tensors = tensors_of(found)
-    if not tensors and isinstance(found, dict):
-        for k, part in found.items(): tensors |= tensors_of(part, f'{k}.')
+    tensors, inside = tensors_of(found), {}
+    for k, part in found.items() if isinstance(found, dict) else (): inside |= tensors_of(part, f'{k}.')
+    if len(inside) > len(tensors): tensors |= inside
     if not tensors: raise BdnbError(f"{path}: holds no state dict (name -> tensor)")
     return tensors
 
