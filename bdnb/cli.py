@@ -856,6 +856,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
         net = _encoder(encoder, train, network, pictures, out, quiet, seed, device, team)
         if drop_tokens and net.patch is None:
             raise BdnbError(f'--drop-tokens: encoder {net.name!r} has no tokens to drop; leave the option out')
+        detector.check(net)
         if batch_size is None: detector = replace(detector, batch=_usual_batch(net.image_size))
         found = scan_corpus(pictures(net.image_size), net, out, detector, command_line(), quiet, where, corpus, team)
     if team: team.close()
