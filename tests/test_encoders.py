@@ -241,6 +241,20 @@ def test_networks_side_by_side(tmp_path, timm_vit, keys):
     assert torch.equal(found, net.cls_token + 1)
 
 
+@pytest.mark.parametrize('odd, why', [
+    (lambda v: v.to_sparse(), 'of kind torch.float32 torch.sparse_coo'), (lambda v: v + 0j, 'complex'), (lambda v: v.int(), 'torch.int32'),
+    (lambda v: torch.quantize_per_tensor(v, .1, 0, torch.qint8), 'qint8'), (lambda v: v.to('meta'), 'of kind'),
+    (lambda v: torch.nested.nested_tensor([v]), 'is missing'), (lambda v: v*float('nan'), 'not finite'), (lambda v: v.half(), None)])
+def test_tensors_of_odd_kinds_are_refused_in_one_line(tmp_path, odd, why):
+    held = create_encoder('resnet10', 4).net.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                                  # torch calls nested tensors a prototype
+        torch.save(held | {'conv1.weight': odd(held['conv1.weight'])}, tmp_path/'k.pt')
+    load = lambda: load_encoder(tmp_path/'k.pt', 'resnet10/small', 4, **pictures)
+    if why: refused(load, 'k.pt', 'conv1.weight', why)
+    else: assert load().net.conv1.weight.dtype == torch.float32
+
+
 def test_options_in_a_file_are_not_read(tmp_path):
     "The same name with arguments, or other names in it, is refused; nothing that it holds is kept."
     class Calls:

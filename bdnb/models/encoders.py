@@ -16,7 +16,7 @@ from torch import nn
 from ..core import BdnbError, derive_seed, did_you_mean, track
 from ..evaluate import measuring
 from .build import ClipModel, list_models
-from .checkpoint import check_enough, check_normalisation, load_checkpoint, read_tensors, short, write_tensors
+from .checkpoint import as_wanted, check_enough, check_normalisation, load_checkpoint, read_tensors, short, write_tensors
 from .classifiers import (IMAGENET_MEAN, IMAGENET_STD, BasicBlock, build_classifier_net, check_sizes, he_normal,
                                      numbers_held, stages, timm_names, torchvision_names, tried, usual_pictures)
 
@@ -269,7 +269,7 @@ def lightlys(tensors:dict, want, name:str)->str: # '' for other files
     return f"its parts have the numbers of lightly's own ResNets: name {base}/lightly" if whole else ''
 
 def fitting(tensors:dict, path, name:str, width, image_size)->dict: # parameter's name -> tensor
-    "The encoder's weights in a file. `BdnbError` names the first that is missing or of another shape; the encoder is not built."
+    "The encoder's weights in a file. `BdnbError` names the first that does not fit or is of an odd kind; the encoder is not built."
     try: net = encoder_layout(name, width, image_size)
     except BdnbError as e: raise BdnbError(f"{path}: {e}") from e
     want = net.state_dict()
@@ -287,7 +287,7 @@ def fitting(tensors:dict, path, name:str, width, image_size)->dict: # parameter'
         raise BdnbError(f"{path}: does not fit {name} (width {width or 'as usual'}, {image_size} px): {there.get(k, k)} {why}; "
                         + (lightlys(tensors, want, name) or "name the right model, width and size"))
     check_enough(numbers_held(net), found, name, path)
-    return found
+    return {k: as_wanted(k, v, want[k], path) for k, v in found.items()}
 
 # %% ../../nbs/models/11_encoders.ipynb #1f3102c8
 def encoder_fields(path, header:dict, given:dict)->dict: # arguments of `create_encoder`
