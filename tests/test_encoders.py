@@ -242,9 +242,10 @@ def test_networks_side_by_side(tmp_path, timm_vit, keys):
 
 
 @pytest.mark.parametrize('odd, why', [
-    (lambda v: v.to_sparse(), 'of kind torch.float32 torch.sparse_coo'), (lambda v: v + 0j, 'complex'), (lambda v: v.int(), 'torch.int32'),
-    (lambda v: torch.quantize_per_tensor(v, .1, 0, torch.qint8), 'qint8'), (lambda v: v.to('meta'), 'of kind'),
-    (lambda v: torch.nested.nested_tensor([v]), 'is missing'), (lambda v: v*float('nan'), 'not finite'), (lambda v: v.half(), None)])
+    (lambda v: v.to_sparse(), 'of kind torch.float32 torch.sparse_coo'), (lambda v: v + 0j, 'complex'),
+    (lambda v: v.int(), 'torch.int32'), (lambda v: torch.quantize_per_tensor(v, .1, 0, torch.qint8), 'qint8'),
+    (lambda v: v.to('meta'), 'of kind'), (lambda v: torch.nested.nested_tensor([v]), 'is missing'),
+    (lambda v: v*float('nan'), 'not finite'), (lambda v: v.half(), None)])
 def test_tensors_of_odd_kinds_are_refused_in_one_line(tmp_path, odd, why):
     held = create_encoder('resnet10', 4).net.state_dict()
     with warnings.catch_warnings():

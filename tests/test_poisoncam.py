@@ -476,8 +476,8 @@ def test_dropped_tokens_equal_masks_that_the_network_cannot_see():
 
 @pytest.mark.parametrize('options, why', [
     (dict(window=(.5, .1)), 'drop with window=0.1: a mask leaves no token uncovered'), (dict(window=1.), 'no token uncovered'),
-    (dict(window=.1, masks='coarse'), 'no token uncovered'), (dict(window=.1, alone=False), None), (dict(window=.1, masks='grid'), None),
-    (dict(window=.5), None), (dict(window=.1, drop=False), None)])
+    (dict(window=.1, masks='coarse'), 'no token uncovered'), (dict(window=.1, alone=False), None),
+    (dict(window=.1, masks='grid'), None), (dict(window=.5), None), (dict(window=.1, drop=False), None)])
 def test_windows_that_leave_no_token_are_refused_before_anything_is_encoded(monkeypatch, options, why):
     vit, how = create_encoder('vit_tiny/8', image_size=32).eval(), PoisonCAM(**dict(drop=True) | options)
     def passes(*a, **k): raise AssertionError('encoded')

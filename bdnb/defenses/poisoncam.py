@@ -233,7 +233,7 @@ def window_masks(how, size:int, share:float)->tuple: # (side of the window, step
     return w, step, mask_bank(size, w, step, how.masks, how.count, how.seed)
 
 def _check(self:PoisonCAM, encoder):
-    "Raise `BdnbError` where `drop` does not suit an encoder: it has no tokens, or a mask leaves none of them. Nothing is encoded."
+    "Raise `BdnbError` where `drop` does not suit an encoder: it has no tokens, or a mask leaves none. Nothing is encoded."
     for share in several(self.window) if self.drop else ():
         *_, bank = window_masks(self, encoder.image_size, share)
         try: kept_tokens(encoder, torch.cat([bank, ~bank]) if asks_alone(self) else bank)

@@ -126,7 +126,7 @@ def state_dict_in(found, path) -> dict:
     """The tensors in what a .pt holds: CleanCLIP, BadCLIP and open_clip put them under `state_dict`; the optimiser stays behind.
 
     Of several state dicts side by side, as DINO's `student` and `teacher`, each puts its own name before those of its tensors.
-    A few loose tensors beside them, such as a counter or `queue_ptr`, keep their names; what a state dict has beside it stays behind."""
+    Fewer loose tensors beside them, such as a counter or `queue_ptr`, keep their names; beside more, parts stay behind."""
     for key in ('state_dict', 'model_state_dict', 'model', 'module'):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
     tensors, inside = tensors_of(found), {}

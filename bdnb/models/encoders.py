@@ -269,7 +269,7 @@ def lightlys(tensors:dict, want, name:str)->str: # '' for other files
     return f"its parts have the numbers of lightly's own ResNets: name {base}/lightly" if whole else ''
 
 def fitting(tensors:dict, path, name:str, width, image_size)->dict: # parameter's name -> tensor
-    "The encoder's weights in a file. `BdnbError` names the first that does not fit or is of an odd kind; the encoder is not built."
+    "The encoder's weights in a file. `BdnbError` names the first that does not fit or is of an odd kind; nothing is built."
     try: net = encoder_layout(name, width, image_size)
     except BdnbError as e: raise BdnbError(f"{path}: {e}") from e
     want = net.state_dict()
