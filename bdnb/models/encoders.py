@@ -16,7 +16,8 @@ from torch import nn
 from ..core import BdnbError, derive_seed, did_you_mean, track
 from ..evaluate import measuring
 from .build import ClipModel, list_models
-from .checkpoint import as_wanted, check_enough, check_normalisation, load_checkpoint, read_tensors, short, write_tensors
+from .checkpoint import (as_wanted, check_enough, check_normalisation, load_checkpoint, read_tensors, short,
+                                    write_tensors)
 from .classifiers import (IMAGENET_MEAN, IMAGENET_STD, BasicBlock, build_classifier_net, check_sizes, he_normal,
                                      numbers_held, stages, timm_names, torchvision_names, tried, usual_pictures)
 
