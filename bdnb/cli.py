@@ -427,15 +427,27 @@ def _ssl_plan(o):
     return SslPoisoning(o['trigger'], o['target'], *(o[k] for k in shares), select, o['clusters'], o['seed'])
 
 # %% ../nbs/app/02_cli.ipynb #2f4c7045
+def _chooser(path):
+    "The encoder whose features choose. `BdnbError` for a file that does not say which network it is: no option here says it."
+    from bdnb.models.checkpoint import read_header
+    from bdnb.models.encoders import load_encoder
+    if path is None: return None
+    if read_header(path): return load_encoder(path).eval()
+    raise BdnbError(f'--encoder {path}: does not say which network it is; read it by load_encoder, with its name and pictures, '
+                    'and give what save_encoder writes')
+
 def _poison(plan, clean, encoder, size, quiet):
     "(clean pictures in memory, the poisoned ones, what to say of them). What can be wrong is found before pictures are decoded."
+    import torch
     from bdnb.attacks.poisoning import choose_rows
     from bdnb.attacks.ssl import SslPoisoning
     from bdnb.data.corpus import ArrayCorpus
-    from bdnb.models.encoders import encode, load_encoder
-    ssl, net = isinstance(plan, SslPoisoning), None if encoder is None else load_encoder(encoder).eval()
-    if net is None: plan.choose(clean) if ssl else choose_rows(plan, clean)
-    if size or not isinstance(clean, ArrayCorpus): clean = clean.cache(size or 224, progress=not quiet)
+    from bdnb.models.encoders import encode
+    ssl, ready = isinstance(plan, SslPoisoning), not size and isinstance(clean, ArrayCorpus)
+    plan.check(clean) if ssl else choose_rows(plan, clean)
+    plan.trigger(torch.zeros(1, 3, *(clean.image_size if ready else [size or 224]*2)))              # does it fit?
+    net = _chooser(encoder)
+    if not ready: clean = clean.cache(size or 224, progress=not quiet)
     if not ssl: return clean, plan.apply(clean), plan.describe(clean)
     pictures = None if net is None else clean.cache(net.image_size, progress=not quiet)
     poisoned = plan.apply(clean, None if net is None else encode(net, pictures, device=pick_device(None), quiet=quiet))
@@ -483,7 +495,7 @@ def attack(corpus:_O.corpus, out:_needed(Path, '--out', '-o', help='A new folder
            clusters:_option(int, '--clusters', min=1, help='And how many classes there are, where labels do not tell.')=None,
            size:_option(int, '--size', help='Side of the pictures; 224, or what the corpus has in memory.')=None,
            seed:_O.seed=0, quiet:_O.quiet=False):
-    "Poison a corpus: writes PNG files, captions.csv, plan.json, ground_truth.json and a report."
+    "Poison a corpus: writes PNG files, captions.csv, plan.json, ground_truth.json, boxes.csv and a report."
     options = dict(locals())
     from bdnb.data.doors import open_corpus, write_spec
     plan = _plan(options)
@@ -589,7 +601,7 @@ _NO_TRIGGER = 'of a classifier only attack success is measured; give --trigger t
 def _bcu_options(o):
     "What the options of the command say to BCU. `BdnbError` for those that it does not have."
     if o['images'] is None: raise BdnbError('--images: method bcu needs a folder of pictures')
-    refuse(o, 'data warmup clip_weight inmodal_weight probe', "method 'bcu' has no such option")
+    refuse(o, 'data warmup clip_weight inmodal_weight probe workers', "method 'bcu' has no such option")
     refuse(o, 'trigger target plan', _NO_TEST, o['test'] is None)
     given = {k: o[k] for k in _BCU_ONLY if o[k] is not None} | dict(precision=o['precision'], seed=o['seed'], held_out=.1)
     if o['scale'] not in (None, 'auto'):
@@ -701,7 +713,7 @@ def cleanse(checkpoint:_O.checkpoint, data:_option(str, '--data', help='Clean pi
             width:_option(int, '--width', min=1, help='And the width of the network.')=None, size:_O.size=None,
             mean:_option(str, '--mean', help='And the mean of its pictures in 0..1: .485,.456,.406')=None,
             std:_option(str, '--std', help='And their standard deviation.')=None,
-            precision:_O.precision='no', seed:_O.seed=0, workers:_O.workers=0, model:_O.architecture=None, test:_O.test=None,
+            precision:_O.precision='no', seed:_O.seed=0, workers:_O.workers=None, model:_O.architecture=None, test:_O.test=None,
             trigger:_O.trigger=None, target:_O.target=None, plan:_O.plan=None, probe:_O.probe=None,
             checkpoint_every:_O.checkpoint_every=500, resume:_O.resume=True, device:_O.device=None, quiet:_O.quiet=False):
     "Cleanse a model with clean pairs, or with bare pictures; with --test, --trigger and --target, measure before and after."
@@ -856,6 +868,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
         net = _encoder(encoder, train, network, pictures, out, quiet, seed, device, team)
         if drop_tokens and net.patch is None:
             raise BdnbError(f'--drop-tokens: encoder {net.name!r} has no tokens to drop; leave the option out')
+        detector.check(net)
         if batch_size is None: detector = replace(detector, batch=_usual_batch(net.image_size))
         found = scan_corpus(pictures(net.image_size), net, out, detector, command_line(), quiet, where, corpus, team)
     if team: team.close()
@@ -883,34 +896,18 @@ _TRUTHS = {'localisation': ('examined_poisons', 'Examined poisoned pictures whos
            'precision': ('removed', 'Poisoned pictures among those to be left out.')}
 
 def _truth(folder, pile):
-    "(boxes by the corpus's keys, [height, width]) of an attack's folder, or None. `BdnbError` when its pictures are not there."
-    from bdnb.attacks.ssl import load_boxes
-    from bdnb.data.images import load_image
-    if folder is None: return
-    boxes, size = load_boxes(folder)
-    rows = {k: i for i, k in enumerate(pile.keys)}
-    at = {k: rows.get(k, rows.get(k.removeprefix('images/'))) for k in boxes}              # read as a table, or as a folder
-    missing, hint = [k for k, i in at.items() if i is None], 'scan the pictures that it wrote, all of them and as they are'
-    if missing:
-        raise BdnbError(f'--truth {folder}: {len(missing)} of its {len(at)} pictures are not here, first {missing[0]}; {hint}')
-    for k in list(at)[::max(1, len(at)//32)]:                       # all attacks call their pictures alike
-        if not load_image(folder/k, 32).equal(pile.sample(at[k], 32).image):
-            raise BdnbError(f'--truth {folder}: its {k} is another picture than that of this corpus; {hint}')
-    return {pile.keys[i]: boxes[k] for k, i in at.items()}, size
+    "The truth of an attack's folder about the corpus, or None."
+    from bdnb.defenses.findings import attack_truth
+    try: return None if folder is None else attack_truth(folder, pile)
+    except BdnbError as e: raise BdnbError(f'--truth {e}') from e
 
 def _show_truth(found, out, size, truth):
     "Print and write how good a scan was. What an earlier one in this folder wrote goes away."
     (out/'metrics.json').unlink(missing_ok=True)
     if truth is None: return
-    import torch
-    from bdnb.attacks.patches import map_boxes
+    from bdnb.defenses.findings import judge_findings
     from bdnb.report import say
-    from bdnb.ssl_study import scan_quality
-    boxes, (h, w) = truth
-    at = [boxes.get(k) for k in found.keys]
-    poisoned = torch.tensor([b is not None for b in at])
-    said = scan_quality(found, map_boxes(torch.tensor([b or [-1]*4 for b in at]), h, w, size), poisoned)
-    write_json(out/'metrics.json', said := dict(poisoned=int(poisoned.sum()), **said))
+    write_json(out/'metrics.json', said := judge_findings(found, truth, size))
     rows = [(k, say(k, said.get(k)), f'{said[of]:,}' if of else '', what) for k, (of, what) in _TRUTHS.items()]
     show('Against the truth', ('measure', 'measured', 'out of', 'what it is'), rows, right=('measured', 'out of'))
 

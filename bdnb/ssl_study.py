@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SSL_METHODS', 'SSL_STUDIES', 'AGAIN', 'CONTROLS', 'AGAINS', 'ERASE', 'SslStudy', 'make_ssl_study', 'ssl_plan',
-           'detectors', 'make_detector', 'ssl_data', 'scan_quality', 'SslCase', 'ssl_tour']
+           'detectors', 'make_detector', 'ssl_data', 'SslCase', 'ssl_tour']
 
 # %% ../nbs/app/04_ssl_study.ipynb #0bd36201
 import shutil, warnings
@@ -15,7 +15,7 @@ from .attacks.ssl import SslPoisoning
 from .attacks.triggers import TRIGGERS, make_trigger
 from .data.doors import open_corpus
 from .data.wallpapers import Wallpapers
-from .defenses.findings import FOUND, erase_windows
+from .defenses.findings import erase_windows, scan_quality
 from .defenses.poisonfilter import FilterRecipe
 from .models.encoders import load_encoder, save_encoder
 from .objectives.ssl import SslRecipe, train_encoder
@@ -116,17 +116,6 @@ def ssl_data(data, # 'wallpapers', or a corpus specification of the training set
     if test is None: raise BdnbError("this study needs a test set: give test=SPEC beside data=SPEC")
     train, test = (open_corpus(s).cache(S) for s in (data, test))
     return train, train if probe is None else open_corpus(probe).cache(S), test
-
-# %% ../nbs/app/04_ssl_study.ipynb #0d04bd42
-def scan_quality(found, boxes, truth)->dict: # of numbers; what nothing can be said of is left out
-    "How good findings are against the truth: boxes int64 [N, 4], truth bool [N]."
-    where, quality = found.localisation(boxes), found.filter_quality(truth)
-    said = dict(localisation=where['localisation'], iou=where['iou'], examined_poisons=where['examined'],
-                recall=quality['recall'], precision=quality['precision'], removed=quality['removed'],
-                acquitted=found.evidence.get('acquitted', 0),
-                found=float(found.verdict == FOUND), forwards=sum(found.evidence['forwards'].values()))
-    if int(found.searched.sum()): said['precision@20'] = found.precision_at(20, truth)
-    return {k: v for k, v in said.items() if v == v}
 
 # %% ../nbs/app/04_ssl_study.ipynb #653a8b4d
 @dataclass

@@ -74,7 +74,7 @@ def published(model, prefix='module.', dtype=None):
     return {prefix + k: f(v) for k, v in model.net.state_dict().items()}
 
 @pytest.mark.parametrize('wrap', [lambda d: {'epoch': 3, 'name': 'x', 'state_dict': d, 'optimizer': {'state': {}}},
-                                  lambda d: {'model': d}, lambda d: d])
+                                  lambda d: {'model': d}, lambda d: d, lambda d: d | {'loss': {'center': torch.zeros(4)}}])
 @pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.module.'])
 def test_convert(model, tmp_path, wrap, prefix):
     torch.save(wrap(published(model, prefix)), tmp_path/'p.pt')

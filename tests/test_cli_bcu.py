@@ -152,6 +152,7 @@ mistakes = {
     'no images': ('{model} --method bcu', ['--images']),
     'no data': ('{clip}', ['--data', '--method bcu']),
     'data for bcu': ('{bcu} --data shapes', ['--data', "'bcu' has no such option"]),
+    'workers for bcu': ('{bcu} --workers 2', ['--workers', "'bcu' has no such option"]),
     'warm-up in steps': ('{bcu} --warmup 5', ['--warmup']),
     'images for another': ('{clip} --data shapes:?n=64 --images {d}/pictures', ['--images', '--method bcu']),
     'scale for another': ('{clip} --data shapes:?n=64 --scale 2', ['--scale']),

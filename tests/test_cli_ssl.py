@@ -9,9 +9,11 @@ from PIL import Image
 from bdnb import cli
 from bdnb.attacks.ssl import SslPoisoning, load_boxes
 from bdnb.core import BdnbError, read_json, write_json
+from bdnb.data.corpus import FolderCorpus
 from bdnb.data.doors import open_corpus
-from bdnb.defenses.findings import FOUND, Findings
-from bdnb.models.encoders import encode, load_encoder
+from bdnb.defenses.findings import FOUND, Findings, attack_truth, judge_findings
+from bdnb.models.checkpoint import write_tensors
+from bdnb.models.encoders import create_encoder, encode, load_encoder, save_encoder
 
 PATCH = 'patch:pattern=10,size=9'
 
@@ -62,6 +64,31 @@ def test_an_encoder_chooses_where_nobody_has_labels(run, tmp_path, tiny, options
     assert read_json(tmp_path/'p'/'config.json')['notes'] == done.plan.describe(clean, z).split('\n')
 
 
+@pytest.mark.parametrize('options, words', [
+    ('--select con --count 13', '13 pictures are to be poisoned: selection con of 24 pictures takes 1 to 12'),
+    ('--select conp --count 25', 'there are only 24'), ('--select con --rate .001', 'is none; raise it'),
+    ('--select con --class-rate .5', 'needs a number of classes'), ('--select kmeans --count 3', "select='kmeans' needs a number"),
+    ('--select kmeans --count 3 --clusters 25', '25 clusters of 24 pictures are too many'),
+    ('--select con --count 3 --trigger patch:size=41', '41 pixels does not fit into 40 x 40'),
+    ('--select con --count 3 --encoder {d}/none.pt', 'none.pt: no such checkpoint file'),
+    ('--select con --count 3 --encoder {d}', 'a folder; name the checkpoint file in it'),
+    ('--select con --count 3 --encoder {d}/bare.pt', '--encoder {d}/bare.pt: does not say which network it is'),
+    ('--select con --count 3 --encoder {d}/found.safetensors', 'found.safetensors: holds a findings, not an encoder'),
+    ('--select con --count 3 --encoder {d}/nan.safetensors', 'tensor conv1.weight holds values that are not finite')])
+def test_mistakes_are_found_before_a_picture_is_decoded(run, tmp_path, tiny, monkeypatch, options, words):
+    pile, net = photos(tmp_path/'pile'), load_encoder(tiny)
+    torch.save(net.net.state_dict(), tmp_path/'bare.pt')
+    write_tensors({'a': torch.zeros(1)}, tmp_path/'found.safetensors', dict(kind='findings'))
+    torch.nn.init.constant_(net.net.conv1.weight, float('nan'))
+    save_encoder(net, tmp_path/'nan.safetensors')
+    def decoded(*a, **k): raise AssertionError('decoded')
+    monkeypatch.setattr(FolderCorpus, 'cache', decoded)
+    line = f'attack folder:{pile} --mode ssl --trigger {PATCH} --encoder {tiny} --size 40 -q --out {tmp_path}/p '
+    code, _, err = run(line + options.format(d=tmp_path))                        # of an option given twice the last counts
+    assert code == 2 and words.format(d=tmp_path) in err and err.count('\n') == 1 and not (tmp_path/'p').exists(), err
+    with pytest.raises(AssertionError, match='decoded'): run(line + '--select con --count 3')
+
+
 def test_random_pictures_need_no_encoder(run, tmp_path):
     pile = photos(tmp_path/'pile', classes=('a', 'b'))
     code, said, err = run(f'attack folder:{pile} --mode ssl --trigger {PATCH} --select random --class-rate .5 --size 32 -q '
@@ -94,6 +121,7 @@ def test_a_scan_is_measured_against_the_truth(tmp_path, capsys):
     windows = {k: [i + 40*(i == 9), 5, 10, 10] for i, k in enumerate(keys[:10])}          # the last one is elsewhere
     cli._show_truth(findings(keys, windows, keys[1:12]), tmp_path, 32, (boxes, [64, 64]))
     said, out = read_json(tmp_path/'metrics.json'), capsys.readouterr().out
+    assert judge_findings(findings(keys, windows, keys[1:12]), (boxes, [64, 64]), 32) == said
     assert said['poisoned'] == 10 and said['localisation'] == pytest.approx(.9) and said['recall'] == .9 and said['precision'] == 9/11
     assert said['precision@20'] == .5 and said['iou'] == pytest.approx(.9)
     for words in ('localisation', '90.0%', '81.8%', '50.0%'): assert words in out
@@ -110,11 +138,12 @@ def test_attack_then_scan(run, tmp_path, tiny):
     poisons = len(read_json(tmp_path/'p'/'ground_truth.json')['images'])
     assert code == 0 and 'Against the truth' in said and numbers['poisoned'] == poisons > 2 and 'recall' in numbers, err
     folder, whole = open_corpus(f'folder:{tmp_path}/p/images'), load_boxes(tmp_path/'p')[0]
-    assert {f'images/{k}': b for k, b in cli._truth(tmp_path/'p', folder)[0].items()} == whole          # the same by its folder
+    assert {f'images/{k}': b for k, b in attack_truth(f'{tmp_path}/p', folder)[0].items()} == whole          # the same by its folder
     by_key = {r['key']: r for r in table(tmp_path/'scan'/'findings.csv')}
     assert numbers['examined_poisons'] == sum(by_key[k]['score'] != '' for k in load_boxes(tmp_path/'p')[0])
     code, _, err = run(f"scan shapes:?n=40 {line.replace('/scan', '/other')}")
-    assert code == 2 and f'{poisons} of its {poisons} pictures are not here' in err and not (tmp_path/'other').exists(), err
+    why = f'error: --truth {tmp_path}/p: {poisons} of its {poisons} pictures are not here, first images/'
+    assert code == 2 and why in err and not (tmp_path/'other').exists(), err
     code, _, err = run(f'attack shapes:?n=40 --mode ssl --trigger patch:pattern=12 --target star --class-rate 1 --out {tmp_path}/q')
     assert code == 0, err
     code, _, err = run(f"scan {tmp_path}/q/captions.csv {line.replace('/scan', '/other')}")            # called alike by both attacks

@@ -195,7 +195,8 @@ def test_parts_by_number(tmp_path, leave, first):
     assert f'{first}.0.conv1.weight' in net.state_dict()
     same(net, path := learner(tmp_path/'l.pt', net), 'resnet18/small', 1e-5)
     refused(lambda: load_encoder(path, 'resnet10/small', **pictures), 'l.pt', f'{first}.1', 'has no place in it')
-    refused(lambda: load_encoder(path, 'resnet18/lightly', **pictures), 'l.pt', 'does not fit')
+    for name in ('resnet18/lightly', 'resnet18/standard'):
+        refused(lambda: load_encoder(path, name, **pictures), 'l.pt', 'does not fit', 'name the right model')
     refused(lambda: load_encoder(path, 'resnet34/small', **pictures), 'l.pt', f'{first}.2', 'is missing')
 
 
@@ -205,8 +206,10 @@ def test_the_small_resnets_of_lightly(tmp_path):
     assert {'0.weight', '1.bias', '2.0.conv1.weight', '5.0.shortcut.0.weight'} <= net.state_dict().keys()
     path = learner(tmp_path/'l.pt', net)
     same(net, path, 'resnet10/lightly', 1e-4, width=16)
-    for stem in ('small', 'standard'):                       # they have a ReLU that this row has not
-        refused(lambda: load_encoder(path, f'resnet10/{stem}', 16, **pictures), 'l.pt', 'does not fit')
+    for name in ('resnet10/small', 'resnet10/standard', 'resnet10'):            # they have a ReLU that this row has not
+        refused(lambda: load_encoder(path, name, 16, **pictures), 'l.pt', f"does not fit {name}", 'name resnet10/lightly')
+    for name, width in (('resnet10/lightly', 8), ('resnet18', 16), ('timm/resnet10t', None)):
+        refused(lambda: load_encoder(path, name, width, **pictures), 'name the right model')
 
 
 @pytest.mark.parametrize('name', ['torchvision/resnet18', 'resnet18/standard', 'timm/resnet18'])
@@ -229,9 +232,28 @@ def test_networks_side_by_side(tmp_path, timm_vit, keys):
                 'dino_loss': {'center': torch.zeros(1, 4)}}, tmp_path/'dino.pth')
     assert not any(k.startswith('optimizer') for k in read_tensors(tmp_path/'dino.pth')[0])
     same(net, tmp_path/'dino.pth', 'vit_tiny/8', 1e-4)
+    for loose in ({'queue_ptr': torch.zeros(1)}, {'step': torch.tensor(7), 'center': torch.zeros(1, 4)}):
+        for whole in (loose | {keys[1]: follows, keys[0]: learns}, {'model': loose | {keys[1]: follows, keys[0]: learns}}):
+            torch.save(whole, tmp_path/'loose.pth')
+            same(net, tmp_path/'loose.pth', 'vit_tiny/8', 1e-4)
     torch.save({'teacher': follows}, tmp_path/'teacher.pth')                   # whoever wants it saves it alone
     found = load_encoder(tmp_path/'teacher.pth', 'vit_tiny/8', **pictures).net.vit.class_token
     assert torch.equal(found, net.cls_token + 1)
+
+
+@pytest.mark.parametrize('odd, why', [
+    (lambda v: v.to_sparse(), 'of kind torch.float32 torch.sparse_coo'), (lambda v: v + 0j, 'complex'),
+    (lambda v: v.int(), 'torch.int32'), (lambda v: torch.quantize_per_tensor(v, .1, 0, torch.qint8), 'qint8'),
+    (lambda v: v.to('meta'), 'of kind'), (lambda v: torch.nested.nested_tensor([v]), 'is missing'),
+    (lambda v: v*float('nan'), 'not finite'), (lambda v: v.half(), None)])
+def test_tensors_of_odd_kinds_are_refused_in_one_line(tmp_path, odd, why):
+    held = create_encoder('resnet10', 4).net.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                                  # torch calls nested tensors a prototype
+        torch.save(held | {'conv1.weight': odd(held['conv1.weight'])}, tmp_path/'k.pt')
+    load = lambda: load_encoder(tmp_path/'k.pt', 'resnet10/small', 4, **pictures)
+    if why: refused(load, 'k.pt', 'conv1.weight', why)
+    else: assert load().net.conv1.weight.dtype == torch.float32
 
 
 def test_options_in_a_file_are_not_read(tmp_path):

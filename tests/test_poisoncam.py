@@ -471,6 +471,20 @@ def test_dropped_tokens_equal_masks_that_the_network_cannot_see():
     with pytest.raises(BdnbError, match='no tokens to drop'): masked_features(encoder(), images, bank, drop=True)
 
 
+@pytest.mark.parametrize('options, why', [
+    (dict(window=(.5, .1)), 'drop with window=0.1: a mask leaves no token uncovered'), (dict(window=1.), 'no token uncovered'),
+    (dict(window=.1, masks='coarse'), 'no token uncovered'), (dict(window=.1, alone=False), None),
+    (dict(window=.1, masks='grid'), None), (dict(window=.5), None), (dict(window=.1, drop=False), None)])
+def test_windows_that_leave_no_token_are_refused_before_anything_is_encoded(monkeypatch, options, why):
+    vit, how = create_encoder('vit_tiny/8', image_size=32).eval(), PoisonCAM(**dict(drop=True) | options)
+    def passes(*a, **k): raise AssertionError('encoded')
+    for name in ('embed', 'embed_tokens'): monkeypatch.setattr(vit, name, passes)
+    if why is None:
+        with pytest.raises(AssertionError, match='encoded'): how.scan(pile(n=20)[0], vit, quiet=True)
+    else:
+        with pytest.raises(BdnbError, match=why): how.scan(pile(n=20)[0], vit, quiet=True)
+
+
 def test_too_few_pictures_and_damaged_weights():
     with pytest.raises(BdnbError, match='too few to cluster'): scan(pile(n=5)[0])
     broken = encoder()

@@ -233,11 +233,13 @@ def test_what_is_trained_needs_no_description(tmp_path, tiny, option, value, why
 def test_only_a_network_with_tokens_drops_them(tmp_path, tiny):
     pile, vit = fill(tmp_path/'pile', 12, 0, broken=False), tmp_path/'vit.safetensors'
     save_encoder(create_encoder('vit_tiny/8', image_size=32), vit)
-    command = lambda net: run('scan', f'folder:{pile}', '--encoder', net, '--out', tmp_path/'scan', '--clusters', 2, '--window', '.5',
-                              '--drop-tokens', '--precision', 'bf16', '--device', 'cpu', '-q')
+    command = lambda net, *more: run('scan', f'folder:{pile}', '--encoder', net, '--out', tmp_path/'scan', '--clusters', 2,
+                                     '--window', '.5', '--drop-tokens', '--precision', 'bf16', '--device', 'cpu', '-q', *more)
     code, _, err = command(tiny)
     assert code == 2 and err.startswith("bdnb: error: --drop-tokens: encoder 'resnet10/half' has no tokens to drop"), err
     assert err.count('\n') == 1 and not (tmp_path/'scan').exists()
+    code, _, err = command(vit, '--window', '.5,.1')
+    assert code == 2 and 'drop with window=0.1: a mask leaves no token uncovered' in err and not (tmp_path/'scan').exists(), err
     code, _, err = command(vit)
     said = read_json(tmp_path/'scan'/'scan.json')['settings']
     assert code == 0 and said['drop'] is True and said['precision'] == 'bf16', err

@@ -151,7 +151,7 @@ def _number(plan, corpus, members):
     if plan.count is not None: return plan.count
     if plan.rate is not None: n, base = round(plan.rate * len(corpus)), f'{len(corpus):,} pictures'
     else:
-        classes = plan.clusters or len(corpus.classes or ())
+        classes = _clusters(plan, corpus)
         if members is None and not classes:
             raise BdnbError(f'{corpus.name}: a class_rate needs a number of classes; set clusters, or use rate or count')
         members = len(corpus) / classes if members is None else members
@@ -170,6 +170,19 @@ def _by_label(plan, corpus):
 
 def _draw(plan, rows, n): return rows[torch.randperm(len(rows), generator=rng('poisoning', plan.seed)).numpy()[:n]]
 
+def _clusters(plan, corpus): return plan.clusters or len(corpus.classes or ())
+
+def _unlabelled(plan, corpus):
+    "How many pictures of all to poison, where no label chooses them."
+    n, every = _number(plan, corpus, None), len(corpus)
+    if n > every: raise BdnbError(f'{corpus.name}: {n:,} pictures are to be poisoned, but there are only {every:,}')
+    if plan.select in ('con', 'conn'): _enough(n, every//2, f'selection {plan.select} of {every:,} pictures')
+    if plan.select != 'kmeans': return n
+    clusters = _clusters(plan, corpus)
+    if not clusters: raise BdnbError(f"{corpus.name}: select='kmeans' needs a number of classes; set clusters")
+    if clusters > every: raise BdnbError(f'{corpus.name}: {clusters:,} clusters of {every:,} pictures are too many; name fewer')
+    return n
+
 def _by_features(plan, corpus, features, n):
     "A choice by features."
     if features is None:
@@ -177,9 +190,7 @@ def _by_features(plan, corpus, features, n):
     if len(features) != len(corpus):
         raise BdnbError(f'{corpus.name}: {len(features):,} rows of features for {len(corpus):,} pictures')
     if plan.select != 'kmeans': return select_contrastive(features, n, plan.select).numpy()
-    clusters = plan.clusters or len(corpus.classes or ())
-    if not clusters: raise BdnbError(f"{corpus.name}: select='kmeans' needs a number of classes; set clusters")
-    return select_kmeans(features, n, clusters, plan.seed).numpy()
+    return select_kmeans(features, n, _clusters(plan, corpus), plan.seed).numpy()
 
 def _hit(corpus, picked):
     "The class that most of the picked are of: (its name, its rows), or (None, None) without labels."
@@ -188,6 +199,12 @@ def _hit(corpus, picked):
     return corpus.classes[k] if corpus.classes else str(k), np.flatnonzero(corpus.labels == k)
 
 # %% ../../nbs/attacks/03_ssl_poisoning.ipynb #55eda843
+def _check(self:SslPoisoning,
+    corpus,           # any corpus
+):
+    "Raise `BdnbError` where the plan does not suit a corpus, as far as that shows without features. Images are not looked at."
+    _by_label(self, corpus) if self.select == 'label' else _unlabelled(self, corpus)
+
 def _choose(self:SslPoisoning,
     corpus,           # any corpus
     features=None,    # float [N, d], for 'con', 'conp', 'conn' and 'kmeans'
@@ -197,8 +214,7 @@ def _choose(self:SslPoisoning,
         members, picked = _by_label(self, corpus)
         target, candidates = self.target, len(members)
     else:
-        n, candidates = _number(self, corpus, None), len(corpus)
-        if n > candidates: raise BdnbError(f'{corpus.name}: {n:,} pictures are to be poisoned, but there are only {candidates:,}')
+        n, candidates = _unlabelled(self, corpus), len(corpus)
         picked = (_draw(self, np.arange(candidates), n) if self.select == 'random' else _by_features(self, corpus, features, n))
         target, members = _hit(corpus, picked)
     known = members is not None
@@ -225,7 +241,7 @@ def _describe(self:SslPoisoning,
     line += f", {s['share_of_target']:.1%} of the {s['target_samples']:,} of class {s['target']!r}"
     return line if s['purity'] == 1 else line + f" ({s['purity']:.0%} of the poisons are of it)"
 
-SslPoisoning.choose, SslPoisoning.describe = _choose, _describe
+SslPoisoning.check, SslPoisoning.choose, SslPoisoning.describe = _check, _choose, _describe
 
 # %% ../../nbs/attacks/03_ssl_poisoning.ipynb #781408a0
 def painted_boxes(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MASKS', 'SEARCHES', 'HALVES', 'WINDOWS', 'COARSER', 'SMALL_PILE', 'INNOCENTS', 'starts', 'mask_bank',
-           'coarse_windows', 'masked_features', 'dropped_features', 'miss_bound', 'decided', 'paste_crops',
-           'choose_tests', 'several', 'check_clusters', 'cluster_counts', 'PoisonCAM', 'pictures_to_scan', 'run_search',
-           'Search', 'Located', 'windows_of', 'pruned_rounds', 'warnings_of', 'Look', 'masked_probability']
+           'coarse_windows', 'masked_features', 'kept_tokens', 'dropped_features', 'miss_bound', 'decided',
+           'paste_crops', 'choose_tests', 'several', 'check_clusters', 'cluster_counts', 'PoisonCAM',
+           'pictures_to_scan', 'run_search', 'asks_alone', 'window_masks', 'Search', 'Located', 'windows_of',
+           'pruned_rounds', 'warnings_of', 'Look', 'masked_probability']
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #a93c8ea8
 import math
@@ -79,14 +80,19 @@ def masked_features(encoder,
     views = lambda p: encoder.embed(masked_views(images, masks, p, encoder.mean, encoder.std, dtype)).float()
     return torch.cat([views(p) for p in pairs.split(batch)])
 
-def dropped_features(encoder, images, masks, pairs, batch:int=512)->torch.Tensor: # [P, dim]
-    "A patch is left out when at least half of it is covered. `BdnbError` for a network without tokens."
+def kept_tokens(encoder, masks)->torch.Tensor: # bool [M, T]
+    "Patches of which less than half is covered. `BdnbError` for a network without tokens, or a mask that leaves none of them."
     if encoder.patch is None: raise BdnbError(f"encoder '{encoder.name}' has no tokens to drop: use drop=False")
-    covered = F.avg_pool2d(masks[:, None].float(), encoder.patch).flatten(1) >= .5
+    keep = F.avg_pool2d(masks[:, None].float(), encoder.patch).flatten(1) < .5
+    if keep.any(1).all(): return keep
+    raise BdnbError('a mask leaves no token uncovered: choose a window of two patches or more, but not all')
+
+def dropped_features(encoder, images, masks, pairs, batch:int=512)->torch.Tensor: # [P, dim]
+    "Features of the patches that masks leave. `BdnbError` as `kept_tokens` raises it."
+    kept = kept_tokens(encoder, masks)
     x, out = encoder.normalise(images), torch.empty(len(pairs), encoder.dim, device=images.device)
-    for m, hidden in enumerate(covered):                 # views under one mask have the same number of tokens
-        keep, at = (~hidden).nonzero()[:, 0], (pairs[:, 1] == m).nonzero()[:, 0]
-        if not len(keep): raise BdnbError('a mask leaves no token uncovered: choose a window of two patches or more, but not all')
+    for m, left in enumerate(kept):                      # views under one mask have the same number of tokens
+        keep, at = left.nonzero()[:, 0], (pairs[:, 1] == m).nonzero()[:, 0]
         for p in at.split(batch): out[p] = encoder.embed_tokens(x[pairs[p, 0]], keep.expand(len(p), -1)).float()
     return out
 
@@ -216,7 +222,8 @@ def _scan(self:PoisonCAM, corpus, # any corpus; labels are not looked at
          writer:bool=True, # does this process write stages?
          budget_bytes:int=2**31, # decoded pictures beyond this lie in a mapped file
         )->Findings:
-    "Look for a patch trigger. Raises `BdnbError` for too few pictures, or an encoder that gives no finite features."
+    "Look for a patch trigger. Raises `BdnbError` as `check` does, for too few pictures, and for features that are not finite."
+    self.check(encoder)
     pictures = pictures_to_scan(corpus, encoder, budget_bytes, quiet)
     device = torch.device(device) if device is not None else next(encoder.parameters()).device
     check_precision(self.precision, device.type)
@@ -230,7 +237,22 @@ def _recipe(self:PoisonCAM, size:int)->FilterRecipe:
     "The poison classifier's numbers for pictures of so many pixels."
     return self.filter or (FilterRecipe.quick() if size < 64 else FilterRecipe())
 
-PoisonCAM.scan, PoisonCAM.recipe = _scan, _recipe
+def asks_alone(how)->bool: return how.masks in ('full', 'coarse', 'random') and how.alone        # cut triggers say little alone
+
+def window_masks(how, size:int, share:float)->tuple: # (side of the window, step between windows, bool [M, size, size])
+    "The masks of a detector for pictures of `size` pixels and one of its sizes of window."
+    w = min(size, max(3, round(share*size)))
+    step = max(1, round(how.stride*w))
+    return w, step, mask_bank(size, w, step, how.masks, how.count, how.seed)
+
+def _check(self:PoisonCAM, encoder):
+    "Raise `BdnbError` where `drop` does not suit an encoder: it has no tokens, or a mask leaves none. Nothing is encoded."
+    for share in several(self.window) if self.drop else ():
+        *_, bank = window_masks(self, encoder.image_size, share)
+        try: kept_tokens(encoder, torch.cat([bank, ~bank]) if asks_alone(self) else bank)
+        except BdnbError as e: raise BdnbError(f'poisoncam: drop with window={share:g}: {e}') from e
+
+PoisonCAM.scan, PoisonCAM.recipe, PoisonCAM.check = _scan, _recipe, _check
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #fd843fc3
 class Search:
@@ -246,9 +268,8 @@ class Search:
     def look_through(self, share):
         "Windows of this size from now on."
         how, S = self.how, self.encoder.image_size
-        self.w = min(S, max(3, round(share*S)))
-        step = max(1, round(how.stride*self.w))
-        self.bank = mask_bank(S, self.w, step, how.masks, how.count, how.seed).to(self.device)
+        self.w, step, bank = window_masks(how, S, share)
+        self.bank = bank.to(self.device)
         early, self.places = coarse_windows(S, self.w, step) if how.masks == 'coarse' else (torch.ones(len(self.bank)), None)
         self.early, self.reach = early.nonzero()[:, 0].to(self.device), step
 
@@ -353,7 +374,7 @@ def _locate(self:Search, rows)->Located:
         near[:, self.early.cpu()] = False
         more, spent = near.nonzero().to(self.device), spent + near.sum(1)
         if len(more): heat = self.vote(rows, torch.cat([z, see(more)]), torch.cat([pairs, more])).heat
-    if self.how.alone and self.how.masks in ('full', 'coarse', 'random'):     # cut triggers say little alone
+    if asks_alone(self.how):
         heat, spent = heat - self.vote(rows, see(pairs, ~self.bank), pairs).heat, spent + len(self.early)
     return Located(windows_of(heat, self.w), heat, drop, spent)
 
@@ -482,7 +503,7 @@ def _foresee(self:Search, rows):
     seen, spent = self.stages.seen['search'], self.stages.clock.spent['search']
     done, cost = seen - self.since[0], spent - self.since[1]                     # looks that are over cost something else
     how, views = self.how, len(self.early)
-    if how.masks in ('full', 'coarse', 'random') and getattr(how, 'alone', False): views *= 2
+    if asks_alone(how): views *= 2
     each = cost/done if done else views + (how.look if how.sequential else min(how.tests, self.n))
     self.stages.expect(rows=seen + rows, search=spent + rows*each)
 

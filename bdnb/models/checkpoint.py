@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'write_tensors', 'bare', 'short', 'save_checkpoint', 'is_safetensors', 'read_header', 'existing',
            'not_a_checkpoint', 'read_tensors', 'tensors_of', 'state_dict_in', 'clean_names', 'architecture',
-           'tiny_size', 'agrees', 'guess_model', 'fit_names', 'load_weights', 'load_checkpoint', 'from_hub', 'size_in',
-           'named_in', 'check_normalisation', 'check_enough', 'set_from_header', 'convert']
+           'tiny_size', 'agrees', 'guess_model', 'fit_names', 'as_wanted', 'load_weights', 'load_checkpoint',
+           'from_hub', 'size_in', 'named_in', 'check_normalisation', 'check_enough', 'set_from_header', 'convert']
 
 # %% ../../nbs/models/02_checkpoint.ipynb #4a2749ad
 import hashlib, json, math, pickle, re, warnings, zipfile
@@ -119,17 +119,19 @@ def read_tensors(path) -> tuple: # (dict name -> tensor on the CPU, header dict)
 
 def tensors_of(found, prefix='') -> dict:
     "The tensors of one dictionary, `prefix` before their names."
-    return {f'{prefix}{k}': v for k, v in found.items() if torch.is_tensor(v)} if isinstance(found, dict) else {}
+    real = lambda v: torch.is_tensor(v) and not v.is_nested                      # a nested one has no shape
+    return {f'{prefix}{k}': v for k, v in found.items() if real(v)} if isinstance(found, dict) else {}
 
 def state_dict_in(found, path) -> dict:
     """The tensors in what a .pt holds: CleanCLIP, BadCLIP and open_clip put them under `state_dict`; the optimiser stays behind.
 
-    Of several state dicts side by side, as DINO's `student` and `teacher`, each puts its own name before those of its tensors."""
+    Of several state dicts side by side, as DINO's `student` and `teacher`, each puts its own name before those of its tensors.
+    Fewer loose tensors beside them, such as a counter or `queue_ptr`, keep their names; beside more, parts stay behind."""
     for key in ('state_dict', 'model_state_dict', 'model', 'module'):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
-    tensors = tensors_of(found)
-    if not tensors and isinstance(found, dict):
-        for k, part in found.items(): tensors |= tensors_of(part, f'{k}.')
+    tensors, inside = tensors_of(found), {}
+    for k, part in found.items() if isinstance(found, dict) else (): inside |= tensors_of(part, f'{k}.')
+    if len(inside) > len(tensors): tensors |= inside
     if not tensors: raise BdnbError(f"{path}: holds no state dict (name -> tensor)")
     return tensors
 
@@ -201,6 +203,15 @@ def fit_names(tensors:dict, want) -> dict:
     if text: return {('text.' + k if k.split('.')[0] in head else k): v for k, v in tensors.items()}
     return {k.removeprefix('text.'): v for k, v in tensors.items()}
 
+def as_wanted(k:str, v, like, path)->torch.Tensor: # in the type of `like`
+    "Tensor `k` of a file. `BdnbError` where it is sparse, quantised, complex, or whole where fractions belong, or not finite."
+    plain = v.layout == torch.strided and not (v.is_quantized or v.is_meta or v.is_complex())
+    if not plain or like.is_floating_point() and not v.is_floating_point():
+        raise BdnbError(f"{path}: tensor {k} is of kind {v.dtype} {v.layout}, where plain {like.dtype} is needed")
+    v = v.to(like.dtype)
+    if v.is_floating_point() and not v.isfinite().all(): raise BdnbError(f"{path}: tensor {k} holds values that are not finite")
+    return v
+
 def load_weights(model:ClipModel, tensors:dict, path='checkpoint') -> ClipModel:
     "Copy tensors into a model. `BdnbError` names the first whose name, shape or value is wrong; the model is then untouched."
     want = model.net.state_dict()
@@ -214,14 +225,7 @@ def load_weights(model:ClipModel, tensors:dict, path='checkpoint') -> ClipModel:
         raise BdnbError(f"{path}: has no {few(miss)}, which model {model.name!r} needs; name the right model")
     if more := have.keys() - want.keys():
         raise BdnbError(f"{path}: has {few(more)}, which model {model.name!r} does not know; name the right model")
-    for k, v in have.items():
-        plain = v.layout == torch.strided and not (v.is_quantized or v.is_meta or v.is_complex())
-        if not plain or v.is_floating_point() != want[k].is_floating_point():
-            raise BdnbError(f"{path}: tensor {k} is of kind {v.dtype} {v.layout}, where plain {want[k].dtype} is needed")
-        have[k] = v = v.to(want[k].dtype)
-        if v.is_floating_point() and not v.isfinite().all():
-            raise BdnbError(f"{path}: tensor {k} holds values that are not finite")
-    model.net.load_state_dict(have)
+    model.net.load_state_dict({k: as_wanted(k, v, want[k], path) for k, v in have.items()})
     return model
 
 # %% ../../nbs/models/02_checkpoint.ipynb #ad79fbac

@@ -6,7 +6,7 @@
 __all__ = ['STEMS', 'RESNETS', 'VITS', 'HEADS', 'ELSEWHERE', 'AVERAGES', 'BODY', 'ResNetEncoder', 'ViTEncoder', 'Encoder',
            'ClipEncoder', 'list_encoders', 'usual_stem', 'usual_patch', 'build_encoder_net', 'torchvision_encoder',
            'timm_encoder', 'timm_kept', 'encoder_layout', 'create_encoder', 'encode', 'save_encoder', 'names_elsewhere',
-           'numbered', 'strip_prefix', 'fitting', 'encoder_fields', 'load_encoder']
+           'numbered', 'strip_prefix', 'lightlys', 'fitting', 'encoder_fields', 'load_encoder']
 
 # %% ../../nbs/models/11_encoders.ipynb #4636f271
 import re, warnings
@@ -16,7 +16,8 @@ from torch import nn
 from ..core import BdnbError, derive_seed, did_you_mean, track
 from ..evaluate import measuring
 from .build import ClipModel, list_models
-from .checkpoint import check_enough, check_normalisation, load_checkpoint, read_tensors, short, write_tensors
+from .checkpoint import (as_wanted, check_enough, check_normalisation, load_checkpoint, read_tensors, short,
+                                    write_tensors)
 from .classifiers import (IMAGENET_MEAN, IMAGENET_STD, BasicBlock, build_classifier_net, check_sizes, he_normal,
                                      normalised, numbers_held, stages, timm_names, torchvision_names, tried, usual_pictures)
 
@@ -256,8 +257,15 @@ def strip_prefix(tensors:dict, want)->dict: # bare name -> tensor
     return {} if best is None else {k[len(best):]: v for k, v in tensors.items() if k.startswith(best)}
 
 # %% ../../nbs/models/11_encoders.ipynb #a349a747
+def lightlys(tensors:dict, want, name:str)->str: # '' for other files
+    "The advice for a ResNet of lightly's own under another stem's name: its stages have numbers that no other has."
+    base = name.partition('/')[0]
+    ways = names_elsewhere(want, name, STEMS['lightly'])[2:] if base in RESNETS and name != f'{base}/lightly' else ()
+    whole = any(strip_prefix(tensors, w).keys() >= {k for k in w if not k.endswith('num_batches_tracked')} for w in ways)
+    return f"its parts have the numbers of lightly's own ResNets: name {base}/lightly" if whole else ''
+
 def fitting(tensors:dict, path, name:str, width, image_size)->dict: # parameter's name -> tensor
-    "The encoder's weights in a file. `BdnbError` names the first that is missing or of another shape; the encoder is not built."
+    "The encoder's weights in a file. `BdnbError` names the first that does not fit or is of an odd kind; nothing is built."
     try: net = encoder_layout(name, width, image_size)
     except BdnbError as e: raise BdnbError(f"{path}: {e}") from e
     want = net.state_dict()
@@ -273,9 +281,9 @@ def fitting(tensors:dict, path, name:str, width, image_size)->dict: # parameter'
         why = ('is missing' if missing else f'has shape {list(found[k].shape)}, not {list(want[k].shape)}' if odd else
                'has no place in it')
         raise BdnbError(f"{path}: does not fit {name} (width {width or 'as usual'}, {image_size} px): {there.get(k, k)} {why}; "
-                        "name the right model, width and size")
+                        + (lightlys(tensors, want, name) or "name the right model, width and size"))
     check_enough(numbers_held(net), found, name, path)
-    return found
+    return {k: as_wanted(k, v, want[k], path) for k, v in found.items()}
 
 # %% ../../nbs/models/11_encoders.ipynb #1f3102c8
 def encoder_fields(path, header:dict, given:dict)->dict: # arguments of `create_encoder`
