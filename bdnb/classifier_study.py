@@ -11,7 +11,6 @@ __all__ = ['CLASSIFIER_DEFENSES', 'CONTROLS', 'UNLABELLED', 'CLASSIFIER_RECIPES'
 # %% ../nbs/app/03_classifier_study.ipynb #7ec3cafd
 import argparse, hashlib, re, time
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from .evaluate import trigger_seeds
 from .models.classifiers import evaluate_classifier, load_classifier, save_classifier
 from .objectives.classify import CrossEntropyObjective
 from .train import fit, run_device, settled_precision
-from .study import data_name, path_of, peak_bytes, row_stands, same_study, write_rows
+from .study import data_name, path_of, peak_bytes, row_stands, study_in, write_rows
 
 # %% ../nbs/app/03_classifier_study.ipynb #7c9092e5
 _SWIFT = dict(optimizer='adamw', lr=2e-3, weight_decay=.05)
@@ -257,7 +256,7 @@ def _row(self:ClassifierCase, system, choice=Pool()):
     if '{' in system or '[' in system: plain += '-' + hashlib.sha256(system.encode()).hexdigest()[:6]   # others may end alike
     named = f'{plain}@{tag}' if tag and system not in CONTROLS else plain
     folder = self.folder if system == 'none' else self.folder/named
-    done = (folder/'row.json').exists() if system in CONTROLS else row_stands(folder, self.defense(system, choice))
+    done = (folder/'row.json').exists() if system in CONTROLS else row_stands(folder, self.defense(system, choice), self.data)
     if not done:
         _, _, note = self.victim()
         if system == 'none': after, more = note['metrics'], dict(seconds=note['seconds'])
@@ -309,9 +308,10 @@ def classifier_tour(out, # folder for models, logs and rows; a finished row is n
     Raises `BdnbError` for unknown names and options before anything is trained, and for an `out` that holds another study."""
     out, recipe, name, rows = Path(out), recipe or CLASSIFIER_RECIPES['shapes'], name or data_name(data), []
     check_tour(attacks, defenses, seeds, pools, recipe)
-    same_study(out, dict(recipe=asdict(recipe), data=data, test=test))
+    settings = dict(recipe=asdict(recipe), data=data, test=test)
+    corpora = study_in(out, settings, lambda seed: classifier_data(data, recipe, seed, test))
     for seed in seeds:
-        opened = lru_cache(None)(lambda seed=seed: classifier_data(data, recipe, seed, test))
+        opened = corpora(seed)
         for attack in attacks:
             case = ClassifierCase(out/f'{attack}-seed{seed}', attack, seed, recipe, opened, quiet)
             if not (case.folder/'victim.json').exists(): check_pools(pools, opened)

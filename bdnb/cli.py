@@ -432,7 +432,9 @@ def _chooser(path):
     from bdnb.models.checkpoint import read_header
     from bdnb.models.encoders import load_encoder
     if path is None: return None
-    if read_header(path): return load_encoder(path).eval()
+    try:
+        if read_header(path).get('name'): return load_encoder(path).eval()
+    except BdnbError as e: raise BdnbError(f'--encoder: {e}') from e
     raise BdnbError(f'--encoder {path}: does not say which network it is; read it by load_encoder, with its name and pictures, '
                     'and give what save_encoder writes')
 
@@ -442,7 +444,9 @@ def _poison(plan, clean, encoder, size, quiet):
     from bdnb.attacks.poisoning import choose_rows
     from bdnb.attacks.ssl import SslPoisoning
     from bdnb.data.corpus import ArrayCorpus
+    from bdnb.data.images import check_side
     from bdnb.models.encoders import encode
+    check_side(size)
     ssl, ready = isinstance(plan, SslPoisoning), not size and isinstance(clean, ArrayCorpus)
     plan.check(clean) if ssl else choose_rows(plan, clean)
     plan.trigger(torch.zeros(1, 3, *(clean.image_size if ready else [size or 224]*2)))              # does it fit?

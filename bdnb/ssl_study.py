@@ -20,7 +20,7 @@ from .defenses.poisonfilter import FilterRecipe
 from .models.encoders import load_encoder, save_encoder
 from .objectives.ssl import SslRecipe, train_encoder
 from .probe import evaluate_encoder, verdict
-from .study import case_folder, data_name, peak_bytes, study_in, unlike, write_rows, written
+from .study import SILENT, case_folder, data_name, peak_bytes, study_in, unlike, write_rows, written
 from .train import digest, run_device
 
 # %% ../nbs/app/04_ssl_study.ipynb #d50ba9ec
@@ -216,7 +216,7 @@ def _row(self:SslCase, system, retrain=True)->dict:
     others = []
     for path in (p for p in (self.folder/n for n in names) if p.exists()):
         was = (row := read_json(path)).get('settings')
-        if settings and was is None: warnings.warn(f'{path}: {_SILENT}')
+        if settings and was is None: warnings.warn(f'{path}: {SILENT}')
         other = unlike(path, was, settings, self.settings(system, usual=True)) if settings and was else None
         if not other: return row
         others.append(other)
@@ -224,7 +224,6 @@ def _row(self:SslCase, system, retrain=True)->dict:
     write_json(path := self.folder/names[-1], self.make(system, retrain))
     return read_json(path)
 
-_SILENT = 'does not say which settings its detector had; it is used as it is. Delete it to scan again'
 
 SslCase.make, SslCase.row = _make, _row
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from bdnb.core import BdnbError
 from bdnb.models.build import ClipModel, create_model
 from bdnb.models import checkpoint
-from bdnb.models.checkpoint import (agrees, architecture, convert, from_hub, load_checkpoint, load_weights, read_header,
-                                    read_tensors, save_checkpoint, write_tensors)
+from bdnb.models.checkpoint import (agrees, architecture, as_wanted, convert, from_hub, load_checkpoint, load_weights,
+                                    read_header, read_tensors, save_checkpoint, state_dict_in, write_tensors)
 from bdnb.models.encoders import load_encoder
 
 @pytest.fixture(scope='module')
@@ -225,6 +225,22 @@ def test_not_finite(model, tmp_path, value, words):
 def test_wrong_kind(model, tmp_path, kind):
     torch.save(dict(model.net.state_dict(), logit_scale=torch.zeros((), dtype=kind)), tmp_path/'k.pt')
     refused(tmp_path/'k.pt', 'logit_scale', 'float32 is needed')
+
+def test_whole_numbers_and_fractions():
+    "A counter of batches may be a fraction, and nothing else; what is not finite is told before it is rounded."
+    whole, half = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.float16)
+    assert as_wanted('bn.num_batches_tracked', torch.full((2,), 3.), whole, 'x.pt').tolist() == [3, 3]
+    for name, v, like, words in (('relative_position_index', torch.zeros(2), whole, 'plain torch.int64 is needed'),
+                                 ('bn.num_batches_tracked', torch.full((2,), float('nan')), whole, 'not finite'),
+                                 ('weight', whole, half, 'plain torch.float16 is needed'),
+                                 ('weight', torch.full((2,), 1e6), half, 'not finite')):
+        with pytest.raises(BdnbError, match=f'x.pt: tensor {name} .*{words}'): as_wanted(name, v, like, 'x.pt')
+
+def test_an_average_beside_the_network_stays_behind():
+    net = {f'layer{i}.weight': torch.zeros(1) for i in range(12)}
+    assert state_dict_in({**net, 'ema': {**net, 'steps': torch.zeros(1)}}, 'x.pt') == net
+    beside = state_dict_in({'queue_ptr': torch.zeros(1), 'student': net, 'teacher': net}, 'x.pt')
+    assert list(beside) == ['queue_ptr', *(f'student.{k}' for k in net)]                # one object of two names is read once
 
 @pytest.mark.parametrize('header,words', [
     (dict(name='hf-hub:evil/model', image_size=32), 'not built in'), (dict(name='local-dir:/tmp', image_size=32), 'not built in'),

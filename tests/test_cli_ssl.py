@@ -74,11 +74,14 @@ def test_an_encoder_chooses_where_nobody_has_labels(run, tmp_path, tiny, options
     ('--select con --count 3 --encoder {d}', 'a folder; name the checkpoint file in it'),
     ('--select con --count 3 --encoder {d}/bare.pt', '--encoder {d}/bare.pt: does not say which network it is'),
     ('--select con --count 3 --encoder {d}/found.safetensors', 'found.safetensors: holds a findings, not an encoder'),
+    ('--select con --count 3 --encoder {d}/noname.safetensors', '--encoder {d}/noname.safetensors: does not say which network it is'),
+    ('--select con --count 3 --size 65000', 'size must be 1 to 4,096 pixels, not 65000'),
     ('--select con --count 3 --encoder {d}/nan.safetensors', 'tensor conv1.weight holds values that are not finite')])
 def test_mistakes_are_found_before_a_picture_is_decoded(run, tmp_path, tiny, monkeypatch, options, words):
     pile, net = photos(tmp_path/'pile'), load_encoder(tiny)
     torch.save(net.net.state_dict(), tmp_path/'bare.pt')
-    write_tensors({'a': torch.zeros(1)}, tmp_path/'found.safetensors', dict(kind='findings'))
+    write_tensors({'a': torch.zeros(1)}, tmp_path/'found.safetensors', dict(kind='findings', name='a scan'))
+    write_tensors({'a': torch.zeros(1)}, tmp_path/'noname.safetensors', dict(kind='encoder'))
     torch.nn.init.constant_(net.net.conv1.weight, float('nan'))
     save_encoder(net, tmp_path/'nan.safetensors')
     def decoded(*a, **k): raise AssertionError('decoded')

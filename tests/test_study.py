@@ -1,4 +1,6 @@
 "Rows of studies whose cures change between two starts in the same folder."
+import importlib.util
+import shlex
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -7,8 +9,8 @@ import pytest
 
 import bdnb.study as study
 from bdnb.classifier_study import CLASSIFIER_DEFENSES, ClassifierCase, classifier_tour, make_classifier_recipe
-from bdnb.core import read_json, write_json
-from bdnb.study import DEFENSES, make_recipe, unlike
+from bdnb.core import BdnbError, read_json, write_json
+from bdnb.study import DEFENSES, make_recipe, row_stands, say_command, unlike
 
 
 def test_the_first_option_that_differs():
@@ -68,3 +70,44 @@ def test_a_row_belongs_to_its_cures_settings(rows):
     del config['settings']['schedule']                                                 # it came later, and is as usual
     write_json(rows.folder/'config.json', config)
     assert rows(weight_decay=.25) == (other, [], [])
+
+
+def test_nothing_is_thrown_away_before_the_data_are_open(tmp_path):
+    folder, (kind, own) = tmp_path/'finetune', DEFENSES['finetune']
+    def gone(): raise BdnbError('photos: no such folder')
+    def stands(opened=gone, **options):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            return row_stands(folder, kind(**own, **options), opened), [str(w.message) for w in said]
+    assert stands() == (False, [])
+    write_json(folder/'row.json', {})
+    write_json(folder/'config.json', dict(settings=asdict(kind(weight_decay=.125))))
+    assert stands(weight_decay=.125) == (True, [])
+    with pytest.raises(BdnbError, match='no such folder'): stands(weight_decay=.25)
+    assert (folder/'row.json').exists() and stands(weight_decay=.125) == (True, [])
+    assert stands(lambda: None, weight_decay=.25)[0] is False and not folder.exists()
+    write_json(folder/'row.json', {})
+    for _ in range(2):                                                 # no settings: in a file without them, or in no file
+        stood, said = stands(weight_decay=.25)
+        assert stood and len(said) == 1 and 'does not say which settings' in said[0]
+        write_json(folder/'config.json', dict(system='finetune'))
+
+
+def test_a_mistyped_corpus_leaves_no_study(tmp_path):
+    for tour, attack in (study.tour, 'badnet'), (classifier_tour, 'badnets'):
+        with pytest.raises(BdnbError, match='nowhere'):
+            tour(tmp_path/'out', data='folder:nowhere', test='folder:nowhere', attacks=(attack,))
+        assert not (tmp_path/'out'/'study.json').exists()
+
+
+def test_every_results_file_names_a_command_that_is_there():
+    top = Path(__file__).parents[1]
+    files = sorted((top/'results').glob('*.json'))
+    assert len(files) > 40
+    for path in files:
+        words = shlex.split(say_command(read_json(path)))
+        if words[0] == 'bdnb': continue                                # test_cli runs these as far as their data
+        assert words[0] == 'python', (path, words)
+        if words[1] == '-m': assert importlib.util.find_spec(words[2]), (path, words)
+        else: assert (top/words[1]).is_file(), (path, words)
+        assert not any(set('()') & set(w) and ' ' not in w for w in words), (path, words)          # a value that fell apart

@@ -121,7 +121,7 @@ def judge_findings(
     truth:tuple,     # from `attack_truth`
     size:int,        # side of the squares that were scanned: the encoder's `image_size`
 )->dict:             # poisoned, and the numbers of `scan_quality`
-    "How good a scan of an attack's pictures was."
+    "How good a scan of an attack's pictures was; pictures that are no key of the truth count as clean."
     boxes, (h, w) = truth
     at = [boxes.get(k) for k in found.keys]
     poisoned = torch.tensor([b is not None for b in at])

@@ -207,7 +207,7 @@ def run_search(kind, # `Search`, or a class that looks in another way
                pictures, encoder, stages:Scan, device,
                settings:dict, # that the findings keep
               )->Findings:
-    "One search from the pictures to the findings."
+    "One search from the pictures to the findings. Raises `BdnbError` for an encoder that gives no finite features."
     with measuring(encoder.to(device)): found = kind(how, pictures, encoder, stages, device).findings()
     stages.bar.close()
     found.evidence.update(skipped=[list(s) for s in pictures.skipped], settings=settings)
@@ -237,7 +237,9 @@ def _recipe(self:PoisonCAM, size:int)->FilterRecipe:
     "The poison classifier's numbers for pictures of so many pixels."
     return self.filter or (FilterRecipe.quick() if size < 64 else FilterRecipe())
 
-def asks_alone(how)->bool: return how.masks in ('full', 'coarse', 'random') and how.alone        # cut triggers say little alone
+def asks_alone(how)->bool:
+    "Are windows also shown alone, all else masked? Masks on a grid cut triggers, and a part says little alone."
+    return how.masks in ('full', 'coarse', 'random') and how.alone
 
 def window_masks(how, size:int, share:float)->tuple: # (side of the window, step between windows, bool [M, size, size])
     "The masks of a detector for pictures of `size` pixels and one of its sizes of window."

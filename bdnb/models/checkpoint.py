@@ -126,12 +126,14 @@ def state_dict_in(found, path) -> dict:
     """The tensors in what a .pt holds: CleanCLIP, BadCLIP and open_clip put them under `state_dict`; the optimiser stays behind.
 
     Of several state dicts side by side, as DINO's `student` and `teacher`, each puts its own name before those of its tensors.
-    Fewer loose tensors beside them, such as a counter or `queue_ptr`, keep their names; beside more, parts stay behind."""
+    A few loose tensors beside them, such as a counter or `queue_ptr`, keep their names; beside a whole network, as an average of
+    it (`ema`), the parts stay behind. A part that has several names is read under the first."""
     for key in ('state_dict', 'model_state_dict', 'model', 'module'):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
-    tensors, inside = tensors_of(found), {}
-    for k, part in found.items() if isinstance(found, dict) else (): inside |= tensors_of(part, f'{k}.')
-    if len(inside) > len(tensors): tensors |= inside
+    tensors, inside, parts = tensors_of(found), {}, {}
+    for k, part in found.items() if isinstance(found, dict) else (): parts.setdefault(id(part), (k, part))
+    for k, part in parts.values(): inside |= tensors_of(part, f'{k}.')
+    if len(inside) > 10*len(tensors): tensors |= inside
     if not tensors: raise BdnbError(f"{path}: holds no state dict (name -> tensor)")
     return tensors
 
@@ -204,12 +206,15 @@ def fit_names(tensors:dict, want) -> dict:
     return {k.removeprefix('text.'): v for k, v in tensors.items()}
 
 def as_wanted(k:str, v, like, path)->torch.Tensor: # in the type of `like`
-    "Tensor `k` of a file. `BdnbError` where it is sparse, quantised, complex, or whole where fractions belong, or not finite."
+    """Tensor `k` of a file. `BdnbError` where it is sparse, quantised, complex, not finite, or of fractions where whole numbers
+    belong, or the reverse; only a counter of batches may be written as a fraction."""
     plain = v.layout == torch.strided and not (v.is_quantized or v.is_meta or v.is_complex())
-    if not plain or like.is_floating_point() and not v.is_floating_point():
+    counter = k.endswith('num_batches_tracked') and v.is_floating_point()
+    if not plain or like.is_floating_point() != v.is_floating_point() and not counter:
         raise BdnbError(f"{path}: tensor {k} is of kind {v.dtype} {v.layout}, where plain {like.dtype} is needed")
-    v = v.to(like.dtype)
-    if v.is_floating_point() and not v.isfinite().all(): raise BdnbError(f"{path}: tensor {k} holds values that are not finite")
+    finite = lambda x: not x.is_floating_point() or x.isfinite().all()
+    if not finite(v) or not finite(v := v.to(like.dtype)):                       # a half holds less than a float
+        raise BdnbError(f"{path}: tensor {k} holds values that are not finite")
     return v
 
 def load_weights(model:ClipModel, tensors:dict, path='checkpoint') -> ClipModel:
