@@ -238,7 +238,10 @@ def test_whole_numbers_and_fractions():
 
 def test_an_average_beside_the_network_stays_behind():
     net = {f'layer{i}.weight': torch.zeros(1) for i in range(12)}
-    assert state_dict_in({**net, 'ema': {**net, 'steps': torch.zeros(1)}}, 'x.pt') == net
+    more = {'steps': torch.zeros(1)}
+    wrapped = {f'module.{k}': v for k, v in net.items()} | more
+    for beside in ({'ema': net | more}, {'ema': net | more, 'slow': net | more}, {'ema': wrapped}):
+        assert state_dict_in(net | beside, 'x.pt') == net
     beside = state_dict_in({'queue_ptr': torch.zeros(1), 'student': net, 'teacher': net}, 'x.pt')
     assert list(beside) == ['queue_ptr', *(f'student.{k}' for k in net)]                # one object of two names is read once
 

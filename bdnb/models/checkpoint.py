@@ -133,7 +133,8 @@ def state_dict_in(found, path) -> dict:
     tensors, inside, parts = tensors_of(found), {}, {}
     for k, part in found.items() if isinstance(found, dict) else (): parts.setdefault(id(part), (k, part))
     for k, part in parts.values(): inside |= tensors_of(part, f'{k}.')
-    if len(inside) > 10*len(tensors): tensors |= inside
+    again = any(tensors.keys() & part.keys() for _, part in parts.values() if isinstance(part, dict))
+    if len(inside) >= 2*len(tensors) and not again: tensors |= inside
     if not tensors: raise BdnbError(f"{path}: holds no state dict (name -> tensor)")
     return tensors
 
