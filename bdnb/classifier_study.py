@@ -119,7 +119,7 @@ def classifier_data(data, # 'shapes', or a corpus specification of the training 
     if data == 'shapes':
         make = lambda n, split: ShapeCaps(n, S, seed, split)
         return make(recipe.n, 'train'), make(recipe.pool_n, 'clean'), make(recipe.test_n, 'test')
-    if test is None: raise BdnbError("this study needs a test set: give test=SPEC beside data=SPEC")
+    if test is None: raise BdnbError("this study needs a test set beside its data: test=SPEC (--test SPEC)")
     train, test = (open_corpus(s).cache(S) for s in (data, test))
     if not 0 < recipe.pool_n < len(train):
         raise BdnbError(f"{train.name}: pool_n={recipe.pool_n} does not leave anything of {len(train)} samples")

@@ -150,7 +150,7 @@ def describe_run(run, title, options, corpus=None):
     text = '' if corpus is None else repr(corpus).partition(' ')[2]                 # without the class's name
     return dict(run=run, title=title, text=text, command=command_line(), options=options, stamp=stamp(command_line()))
 
-def finish(run, metrics=None, model=None, pictures=None, skipped=(), **meta):
+def finish(run, metrics=None, model=None, pictures=None, skipped=(), notes=(), **meta):
     "Write what a run has to show and its page, and give back the page; None in all processes but the first."
     if _rank(): return
     from bdnb.report import save_pictures, write_report
@@ -158,7 +158,8 @@ def finish(run, metrics=None, model=None, pictures=None, skipped=(), **meta):
         from bdnb.defenses.bcu_encoders import save_any
         save_any(model, run/'model.safetensors', **meta)
     if pictures: save_pictures(run, pictures)
-    if skipped: write_json(run/'config.json', {**read_json(run/'config.json'), 'skipped': [list(s) for s in skipped]})
+    more = dict(skipped=[list(s) for s in skipped], notes=list(notes))
+    write_json(run/'config.json', read_json(run/'config.json') | {k: v for k, v in more.items() if v})
     write_json(run/'metrics.json', metrics or {})
     page = write_report(run)
     (run/'checkpoint.pt').unlink(missing_ok=True)              # only now is it no longer needed
@@ -656,18 +657,26 @@ def _cure_unlabelled(run, net, defense, pool, held, stamp, goal, quiet, beside=N
     if held is not None: result['before'], _ = _judge(net, held, stamp, goal, quiet)
     done = defense.cleanse(net, pool, out=run, quiet=quiet, beside=beside, **options)
     result |= dict(seconds=round(done.seconds, 1), scale=done.scale, agreement=done.agreement, probes=done.probes,
-                   doubt=done.doubt)
+                   held=done.held, doubt=done.doubt)
     if held is not None:
         result['after'], result['counts'] = _judge(net.eval(), held, stamp, goal, quiet)
     names = pool.name if beside is None else f'{pool.name} and {beside.name}'
     about = dict(cleansed_by=repr(defense), cleansed_on=names, scale=done.scale, agreement=done.agreement)
-    return finish(run, result, net, shots(held, stamp, net.image_size), _lost(pool, beside), **about), result
+    return finish(run, result, net, shots(held, stamp, net.image_size), _lost(pool, beside), _notes(result), **about), result
+
+def _agrees(share, n)->str: return 'not measured' if share is None else f'{share:.1%} of {n:,}'
+
+def _notes(result)->list: # lines for the report
+    "What BCU's reset cost, and what speaks against relying on it."
+    return [f"Scale of the reset: {result['scale']:g}. Held-out pictures on which the new model agrees with the old one: "
+            f"{_agrees(result['agreement'], result['held'])}.", *filter(None, [result['doubt']])]
 
 def _show_scales(title, result):
-    "Print what BCU's reset cost, and what speaks against relying on it."
-    say = lambda a: 'not measured' if a is None else f'{a:.1%}'
-    steps = [*[(f'probe of {s:g}', say(a)) for s, a in result['probes']], (f"{result['scale']:g}", say(result['agreement']))]
-    show(title, ('scale of the reset', 'agreement with the old model'), steps, right=('agreement with the old model',))
+    "Print the same, with the probes."
+    n, column = result['held'], 'agreement with the old model on held-out pictures'
+    steps = [*[(f'probe of {s:g}', _agrees(a, n)) for s, a in result['probes']],
+             (f"{'picked: ' if result['probes'] else ''}{result['scale']:g}", _agrees(result['agreement'], n))]
+    show(title, ('scale of the reset', column), steps, right=(column,))
     if result['doubt']: print(f"bdnb: {result['doubt']}", file=sys.stderr)
 
 def _unlabelled(o):
@@ -1049,7 +1058,7 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
     systems = _names(only or ('finetune,cleanclip' if defenses is None else defenses))
     wanted, numbers = _attacks(attacks or 'badnet'), _whole_numbers('--seeds', seeds)
     others = ('bcu', 'victims', *detectors()) if only else ()
-    for s in systems: check_choice('--only' if only else '--defenses', s, [*DEFENSES, *others])
+    for s in systems: check_choice('--only' if only else '--defenses', s, list(dict.fromkeys([*DEFENSES, *others])))
     own = [s for s in systems if s not in DEFENSES]
     if own: raise BdnbError(f'--only: {own[0]} has victims of its own; run it alone')
     if not wanted or not numbers: raise BdnbError('--attacks and --seeds: name at least one')

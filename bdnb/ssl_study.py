@@ -113,7 +113,7 @@ def ssl_data(data, # 'wallpapers', or a corpus specification of the training set
     if data == 'wallpapers':
         make = lambda n, split: Wallpapers(n, S, seed, split, study.classes, study.contrast)
         return make(study.n, 'train'), make(study.probe_n, 'probe'), make(study.test_n, 'test')
-    if test is None: raise BdnbError("this study needs a test set: give test=SPEC beside data=SPEC")
+    if test is None: raise BdnbError("this study needs a test set beside its data: test=SPEC (--test SPEC)")
     train, test = (open_corpus(s).cache(S) for s in (data, test))
     return train, train if probe is None else open_corpus(probe).cache(S), test
 

@@ -85,7 +85,7 @@ def study_data(data, # 'shapes', or a corpus specification of the training set
     if data == 'shapes':
         make = lambda n, split: ShapeCaps(n, recipe.image_size, seed, split)
         return make(recipe.n, 'train'), make(recipe.clean_n, 'clean'), make(recipe.test_n, 'test')
-    if test is None: raise BdnbError("this study needs a test set: give test=SPEC beside data=SPEC")
+    if test is None: raise BdnbError("this study needs a test set beside its data: test=SPEC (--test SPEC)")
     train, test = (open_corpus(s).cache(recipe.image_size) for s in (data, test))
     if clean is not None: return train, open_corpus(clean).cache(recipe.image_size), test
     if recipe.clean_n >= len(train):

@@ -72,7 +72,15 @@ def test_without_a_test_set_it_says_what_can_be_seen(files, run, tmp_path):
     done = read_json(tmp_path/'auto'/'metrics.json')
     assert code == 0 and out.count('probe of') == len(done['probes']) >= 2 and 'asr' not in out, err
     assert (done['scale'] <= 4) == bool(done['doubt']) == ('only a small reset' in err), err
-    assert 'before' not in done and done['scale'] in (1, 2, 4, 8, 16, 32) and (tmp_path/'auto'/'report.html').exists()
+    assert 'before' not in done and done['scale'] in (1, 2, 4, 8, 16, 32)
+    said, page = f"{done['agreement']:.1%} of {done['held']}", (tmp_path/'auto'/'report.html').read_text(encoding='utf-8')
+    assert done['held'] > 0 and said in out and said in page and f"Scale of the reset: {done['scale']:g}." in page
+    assert ('only a small reset' in page) == bool(done['doubt'])
+
+
+def test_a_classifier_is_no_clip(files, run, tmp_path):
+    code, _, err = run(f"cleanse {files}/model.safetensors --data 'shapes:?n=64' --out {tmp_path}/c")
+    assert code == 2 and 'model.safetensors: holds a classifier, not a CLIP; method bcu cleanses it' in err, err
 
 
 def test_pictures_of_other_things_beside(files, run, tmp_path):

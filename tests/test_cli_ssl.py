@@ -140,6 +140,7 @@ def test_attack_then_scan(run, tmp_path, tiny):
     numbers = read_json(tmp_path/'scan'/'metrics.json')
     poisons = len(read_json(tmp_path/'p'/'ground_truth.json')['images'])
     assert code == 0 and 'Against the truth' in said and numbers['poisoned'] == poisons > 2 and 'recall' in numbers, err
+    with pytest.raises(BdnbError, match='is what bdnb attack wrote; open folder:.*/p/images, or csv:'): open_corpus(f'folder:{tmp_path}/p')
     folder, whole = open_corpus(f'folder:{tmp_path}/p/images'), load_boxes(tmp_path/'p')[0]
     assert {f'images/{k}': b for k, b in attack_truth(f'{tmp_path}/p', folder)[0].items()} == whole          # the same by its folder
     by_key = {r['key']: r for r in table(tmp_path/'scan'/'findings.csv')}

@@ -341,6 +341,8 @@ class FolderCorpus(Corpus):
         root = Path(path)
         if not root.exists(): raise BdnbError(f'{path}: no such folder')
         if not root.is_dir(): raise BdnbError(f'{path}: not a folder')
+        if all((root/p).exists() for p in ('plan.json', 'ground_truth.json', 'images')):       # its report has pictures, too
+            raise BdnbError(f'{path}: is what bdnb attack wrote; open folder:{path}/images, or csv:{path}/captions.csv')
         try:
             top = sorted((p for p in root.iterdir() if not p.name.startswith('.')), key=lambda p: p.name)
             folders = [p for p in top if p.is_dir()]

@@ -225,6 +225,7 @@ class Recovered(Cleansed):
     scale:float=None         # what multiplied the shares
     agreement:float=None     # with the model that came in, on held-out pictures; None when no picture was held out
     probes:tuple=()          # (scale, agreement) of each probe, in order; the first is distillation alone
+    held:int=0               # pictures that agreement was measured on
 
     @property
     def doubt(self)->str: # '' for none, which is no proof
@@ -370,7 +371,8 @@ def cleanse(self:BCU,
         run = dict(out=out, checkpoint_every=checkpoint_every, marks=run_marks(how, teacher) if out else None)
         history = how.distil(model, teacher, corpus, **options | run)
         agrees = self.agreement(model, teacher, held) if held is not None else None
-    return Recovered(model, history, history.before + time.time() - start, scale=scale, agreement=agrees, probes=probes)
+    return Recovered(model, history, history.before + time.time() - start, scale=scale, agreement=agrees, probes=probes,
+                     held=0 if held is None else len(held))
 
 def hold_out(corpus, share, size:int, seed:int, group:str=None)->tuple: # (to teach with, to measure on or None), in memory
     "The pool, decoded once and without its labels. `BdnbError` when it is empty or too small to hold anything out."

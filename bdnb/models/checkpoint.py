@@ -262,6 +262,8 @@ def size_in(header, path) -> int: # side of the pictures
 def named_in(header, tensors, shapes, path): # (name, image size) or None
     "The architecture a header names, if it is known, is not to be fetched, has the shapes at hand, and is no giant."
     import open_clip
+    if (kind := header.get('kind')) in ('classifier', 'encoder'):
+        raise BdnbError(f"{path}: holds a {kind}, not a CLIP; method bcu cleanses it (bdnb cleanse --method bcu --images DIR)")
     if 'name' not in header: return None
     name = header['name']
     if not isinstance(name, str) or name not in ['tiny', *open_clip.list_models()]:

@@ -404,7 +404,8 @@ def check_labels(model:Classifier, corpus): # with labels
     theirs, ours = list(map(str, corpus.classes or ())), list(map(str, model.classes))
     if theirs != ours and sorted(theirs) == sorted(ours):
         at = next(i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b)
-        raise BdnbError(f"{corpus.name}: its class {at} is {theirs[at]!r}, the model's is {ours[at]!r}: give both in one order")
+        raise BdnbError(f"{corpus.name}: its class {at} is {theirs[at]!r}, the model's is {ours[at]!r}: give both in one order; "
+                        "?classes=FILE after a folder names it, a class a line")
 
 def class_number(target, classes)->int:
     "The index of a class by its name."
