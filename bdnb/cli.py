@@ -158,8 +158,9 @@ def finish(run, metrics=None, model=None, pictures=None, skipped=(), notes=(), *
         from bdnb.defenses.bcu_encoders import save_any
         save_any(model, run/'model.safetensors', **meta)
     if pictures: save_pictures(run, pictures)
-    more = dict(skipped=[list(s) for s in skipped], notes=list(notes))
-    write_json(run/'config.json', read_json(run/'config.json') | {k: v for k, v in more.items() if v})
+    more = dict(skipped=[list(s) for s in skipped]) if skipped else {}
+    if notes: more['notes'] = list(notes)
+    if more: write_json(run/'config.json', read_json(run/'config.json') | more)
     write_json(run/'metrics.json', metrics or {})
     page = write_report(run)
     (run/'checkpoint.pt').unlink(missing_ok=True)              # only now is it no longer needed
