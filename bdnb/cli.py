@@ -856,7 +856,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
     from functools import lru_cache
     from bdnb.data.doors import open_corpus
     from bdnb.defenses.poisoncam import PoisonCAM
-    from bdnb.scan import scan_corpus, shared_pictures
+    from bdnb.scan import check_same_scan, scan_corpus, shared_pictures
     from bdnb.train import check_precision
     refuse(options, 'model width size mean std', 'is for --encoder; what --train trains is fixed by its name', encoder is None)
     if drop_tokens and encoder is None: raise BdnbError('--drop-tokens: is for --encoder; what --train trains has no tokens')
@@ -884,6 +884,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
             raise BdnbError(f'--drop-tokens: encoder {net.name!r} has no tokens to drop; leave the option out')
         detector.check(net)
         if batch_size is None: detector = replace(detector, batch=_usual_batch(net.image_size))
+        check_same_scan(out, net, detector.settings(net.image_size, where))
         found = scan_corpus(pictures(net.image_size), net, out, detector, command_line(), quiet, where, corpus, team)
     if team: team.close()
     if not _rank(): _show_scan(found, out)
@@ -968,9 +969,10 @@ def _show_tour(rows):
 # %% ../nbs/app/02_cli.ipynb #26f60c9e
 def _ssl_tour(o):
     "The tour of a self-supervised victim: see `bdnb.ssl_study`."
-    from bdnb.ssl_study import SSL_METHODS, make_ssl_study, ssl_tour
+    from bdnb.ssl_study import SSL_METHODS, SSL_STUDIES, make_ssl_study, ssl_tour
     given = dict(target=o['target'], rate=o['rate'], n=o['n'], test_n=o['test_n'], epochs=o['epochs'], again=o['again'],
                  batch_size=o['batch_size'], image_size=o['size'])
+    check_choice('--recipe', o['recipe'], ['shapes', *SSL_STUDIES, *SSL_METHODS])
     name = 'wallpapers' if o['recipe'] == 'shapes' or o['recipe'] in SSL_METHODS else o['recipe']
     given['method'] = o['recipe'] if o['recipe'] in SSL_METHODS else None
     study = make_ssl_study(name, **{k: v for k, v in given.items() if v is not None})

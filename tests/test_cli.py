@@ -404,6 +404,7 @@ mistakes = {
     'tour: unknown attack': ('tour --attacks badnt', ["'badnt'", "did you mean 'badnet'"]),
     'tour: unknown system': ('tour --defenses cleanclap', ["'cleanclap'", "did you mean 'cleanclip'"]),
     'tour: unknown only': ('tour --only cleanclap', ["'cleanclap'", '--only']),
+    'tour: victims of no recipe': ('tour --only victims --recipe simcrl', ["--recipe 'simcrl'", "did you mean 'simclr'"]),
     'tour: --again elsewhere': ('tour --again 3', ['--again', '--only poisoncam']),
     'tour: --no-reference elsewhere': ('tour --no-reference', ['--no-reference', '--only poisoncam']),
     'tour: --again 1 elsewhere': ('tour --again 1', ['--again:', '--only poisoncam']),

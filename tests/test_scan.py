@@ -718,6 +718,19 @@ def test_a_scan_of_other_pictures_is_not_written_over(tmp_path, tiny):
     assert code == 2 and 'holds the scan of' in err and (tmp_path/'scan'/'findings.csv').read_bytes() == before, err
 
 
+def test_a_finished_scan_is_not_written_over_by_other_options(tmp_path, tiny):
+    pile, net = fill(tmp_path/'pile', 12, 0, broken=False), tmp_path/'other.safetensors'
+    save_encoder(create_encoder('vit_tiny/8', image_size=32), net)
+    command = lambda *more: run('scan', f'folder:{pile}', '--out', tmp_path/'scan', '--clusters', 2, '-q', *more)
+    assert command('--encoder', tiny)[0] == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path/'scan').iterdir() if p.is_file()}
+    for why, *more in (('window=[0.27, 0.36], not [0.5]', '--encoder', tiny, '--window', '.5'), ('seed=0, not 1', '--encoder', tiny, '--seed', 1),
+                       ('holds a scan with another encoder', '--encoder', net)):
+        code, _, err = command(*more)
+        assert code == 2 and why in err and 'choose another folder as --out' in err and err.count('\n') == 1, err
+        assert before == {p.name: p.read_bytes() for p in (tmp_path/'scan').iterdir() if p.is_file()}
+
+
 @pytest.mark.parametrize('n, k', [(8, 2), (24, 3), (80, 10), (900, 10), (2000, 20)])
 def test_small_piles_have_clusters_too(n, k):
     "With two clusters any odd crop moves the pictures between them."

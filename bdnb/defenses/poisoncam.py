@@ -213,25 +213,12 @@ def run_search(kind, # `Search`, or a class that looks in another way
     found.evidence.update(skipped=[list(s) for s in pictures.skipped], settings=settings)
     return found
 
-def _scan(self:PoisonCAM, corpus, # any corpus; labels are not looked at
-         encoder, # `Encoder`
-         out=None, # folder: finished stages are kept there, and a killed scan goes on
-         quiet:bool=False, # no progress line
-         device=None, # where the encoder runs
-         share=None, # deals work out to processes, see `Scan`
-         writer:bool=True, # does this process write stages?
-         budget_bytes:int=2**31, # decoded pictures beyond this lie in a mapped file
-        )->Findings:
-    "Look for a patch trigger. Raises `BdnbError` as `check` does, for too few pictures, and for features that are not finite."
-    self.check(encoder)
-    pictures = pictures_to_scan(corpus, encoder, budget_bytes, quiet)
-    device = torch.device(device) if device is not None else next(encoder.parameters()).device
-    check_precision(self.precision, device.type)
-    settings = asdict(replace(self, filter=self.recipe(encoder.image_size)))     # what is kept was made with these numbers
-    settings['precision'] = settled_precision(self.precision, device.type)
-    if settings['precision'] == 'no': del settings['precision']                  # as in scans that were kept before there was one
-    stages = Scan(out, contents(pictures.images, pictures.keys, encoder, settings), share, None, quiet, writer)
-    return run_search(Search, self, pictures, encoder, stages, device, settings)
+def _settings(self:PoisonCAM, size:int, device)->dict:
+    "The numbers that a scan of pictures of so many pixels is made with, on a `torch.device`."
+    made = asdict(replace(self, filter=self.recipe(size)))
+    made['precision'] = settled_precision(self.precision, device.type)
+    if made['precision'] == 'no': del made['precision']                          # as in scans that were kept before there was one
+    return made
 
 def _recipe(self:PoisonCAM, size:int)->FilterRecipe:
     "The poison classifier's numbers for pictures of so many pixels."
@@ -247,6 +234,25 @@ def window_masks(how, size:int, share:float)->tuple: # (side of the window, step
     step = max(1, round(how.stride*w))
     return w, step, mask_bank(size, w, step, how.masks, how.count, how.seed)
 
+# %% ../../nbs/defenses/03_poisoncam.ipynb #713b81d1
+def _scan(self:PoisonCAM, corpus, # any corpus; labels are not looked at
+         encoder, # `Encoder`
+         out=None, # folder: finished stages are kept there, and a killed scan goes on
+         quiet:bool=False, # no progress line
+         device=None, # where the encoder runs
+         share=None, # deals work out to processes, see `Scan`
+         writer:bool=True, # does this process write stages?
+         budget_bytes:int=2**31, # decoded pictures beyond this lie in a mapped file
+        )->Findings:
+    "Look for a patch trigger. Raises `BdnbError` as `check` does, for too few pictures, and for features that are not finite."
+    self.check(encoder)
+    pictures = pictures_to_scan(corpus, encoder, budget_bytes, quiet)
+    device = torch.device(device) if device is not None else next(encoder.parameters()).device
+    check_precision(self.precision, device.type)
+    settings = self.settings(encoder.image_size, device)
+    stages = Scan(out, contents(pictures.images, pictures.keys, encoder, settings), share, None, quiet, writer)
+    return run_search(Search, self, pictures, encoder, stages, device, settings)
+
 def _check(self:PoisonCAM, encoder):
     "Raise `BdnbError` where `drop` does not suit an encoder: it has no tokens, or a mask leaves none. Nothing is encoded."
     for share in several(self.window) if self.drop else ():
@@ -254,7 +260,7 @@ def _check(self:PoisonCAM, encoder):
         try: kept_tokens(encoder, torch.cat([bank, ~bank]) if asks_alone(self) else bank)
         except BdnbError as e: raise BdnbError(f'poisoncam: drop with window={share:g}: {e}') from e
 
-PoisonCAM.scan, PoisonCAM.recipe, PoisonCAM.check = _scan, _recipe, _check
+PoisonCAM.scan, PoisonCAM.settings, PoisonCAM.recipe, PoisonCAM.check = _scan, _settings, _recipe, _check
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #fd843fc3
 class Search:
