@@ -24,7 +24,7 @@ from .data.shapes import ShapeCaps
 from .defenses.bcu import BCU
 from .defenses.rivals import ANP, NAD, FinePruning, FineTuneClassifier
 from .evaluate import trigger_seeds
-from .models.classifiers import evaluate_classifier, load_classifier, save_classifier
+from .models.classifiers import ARCHITECTURES, SHORT, check_network, evaluate_classifier, load_classifier, save_classifier
 from .objectives.classify import CrossEntropyObjective
 from .train import fit, run_device, settled_precision
 from .study import data_name, path_of, peak_bytes, row_stands, study_in, write_rows
@@ -108,7 +108,9 @@ def make_classifier_recipe(name='shapes', **changes)->ClassifierRecipe:
     "A recipe by name, with changes. Unknown names and fields raise `BdnbError`."
     check_names([name], CLASSIFIER_RECIPES, 'unknown recipe')
     check_names(changes, ClassifierRecipe.__dataclass_fields__, 'a recipe has no field')
-    return replace(CLASSIFIER_RECIPES[name], **changes)
+    arch = SHORT.get(changes.get('arch'), changes.get('arch'))
+    own = dict(width=None) if arch not in (None, *ARCHITECTURES) else {}              # torchvision's and timm's networks have one
+    return replace(CLASSIFIER_RECIPES[name], **own | changes)
 
 # %% ../nbs/app/03_classifier_study.ipynb #0d6d4028
 def classifier_data(data, # 'shapes', or a corpus specification of the training set
@@ -275,9 +277,10 @@ def check_tour(attacks, defenses, seeds, pools, recipe):
     "`BdnbError` for whatever would fail after hours."
     if not attacks or not seeds: raise BdnbError("attacks and seeds: name at least one")
     cures = [d for d in defenses if d not in CONTROLS]
-    for d in cures: recipe.defense(d)
+    for d in cures: recipe.defense(d).check_options()
     for a in attacks: make_supervised_attack(a, recipe.target, **recipe.attacks.get(a, {}))
     check_names(recipe.attacks, SUPERVISED_ATTACKS, 'recipe: unknown attack')
+    check_network(SHORT.get(recipe.arch, recipe.arch), 2, recipe.width, recipe.image_size)
     if recipe.augment not in VIEWS: raise BdnbError(f"recipe: augment={recipe.augment!r} must be True, 'crop' or False")
     labelled = [d for d in cures if split_system(d)[0] not in UNLABELLED]
     for p in pools:

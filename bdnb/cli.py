@@ -111,7 +111,7 @@ def _unmake(folders):
     for p in folders:
         if p.exists() and not any(p.iterdir()): p.rmdir()
 
-_KEEP = 'checkpoint.pt', '*.safetensors', 'metrics.json', 'row*.json'        # what a run can go on from, or was run for
+_KEEP = 'checkpoint.pt', '*.safetensors', 'metrics.json', 'row*.json', 'probes.json'        # what a run can go on from, or was run for
 
 @contextmanager
 def tidy(out):
@@ -634,7 +634,7 @@ def _channels(option, text):
 
 def _class_list(text):
     "Names, or their number."
-    return None if text is None else int(text) if text.isdigit() else _names(text)
+    return None if text is None else int(text) if text.isdecimal() else _names(text)
 
 def _described(o):
     "What the command says of a checkpoint that does not say it itself."

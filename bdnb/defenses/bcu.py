@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from ..core import BdnbError, derive_seed, did_you_mean, read_json, rng, write_json
-from ..data.batches import Batches
 from ..data.corpus import merge
 from .cleanclip import Cleansed
 from .findings import contents
@@ -25,8 +24,8 @@ from ..evaluate import as_arrays, measuring
 from ..models.classifiers import (ARCHITECTURES, Classifier, classifier_logits, create_classifier, timm_names,
                                      torchvision_names)
 from ..models.encoders import RESNETS, VITS, create_encoder
-from ..objectives.distill import Distillation, drawn_view
-from ..train import fit, put_back, run_device, run_marks
+from ..objectives.distill import Distillation, drawn_view, ramp_checks
+from ..train import agreed, check_learner, fit, fitting, put_back, run_device, run_marks
 
 # %% ../../nbs/defenses/04_bcu.ipynb #39d49d35
 LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention)
@@ -135,6 +134,7 @@ def plan_reset(model, # a `Classifier`, or an encoder with `net`, `name`, `image
 
 def check_ratios(ratios, scale)->dict:
     "The shares as a dict, all within 0..1."
+    if not isinstance(ratios, (dict, type(None))): raise BdnbError(f"ratios: {ratios!r} must name layers and their shares")
     ratios = dict(ratios or {})
     for k, p in ratios.items():
         if not isinstance(p, (int, float)) or not 0 <= p <= 1: raise BdnbError(f"ratios: {k}={p!r} is not a share in 0 .. 1")
@@ -268,16 +268,19 @@ class BCU:
     def check(self, model):
         "`BdnbError` for what this cannot cleanse, or options that contradict each other."
         if not isinstance(model, Classifier): raise BdnbError(f"BCU cleanses a Classifier, not a {type(model).__name__}")
+        self.check_options()
+    def check_options(self):
+        "`BdnbError` for options that make no sense, or contradict each other, whatever the model."
         if self.as_released and self.ratios: raise BdnbError("as_released and ratios exclude each other: give one of them")
-        self.check_scale()
-    def check_scale(self):
-        "`BdnbError` for a scale, or options of 'auto', that make no sense."
+        check_learner(self)
+        ramp_checks(self)
+        drawn_view(self.crop_flip)
         if self.scale == 'auto':
             if not self.grid or list(self.grid) != sorted(self.grid): raise BdnbError(f"grid={self.grid}: give scales, ascending")
             if not 0 < self.probe <= 1: raise BdnbError(f"probe={self.probe}: give a share of the epochs in 0 .. 1")
             if not 0 <= self.tolerance < 1: raise BdnbError(f"tolerance={self.tolerance}: give a share from 0 to below 1")
         elif not isinstance(self.scale, (int, float)): raise BdnbError(f"scale={self.scale!r}: give a number, or 'auto'")
-        for scale in self.grid if self.scale == 'auto' else [self.scale]: check_ratios(None, scale)
+        for scale in self.grid if self.scale == 'auto' else [self.scale]: check_ratios(self.ratios, scale)
 
     def reset(self, model)->list: # of dicts: parameter, stage, share, size, replaced
         "Step one alone, in place."
@@ -307,9 +310,8 @@ BCU.known, BCU.objective = _known, _objective
 # %% ../../nbs/defenses/04_bcu.ipynb #96ae9338
 def distil(self:BCU, model, teacher, corpus, known=None, **options): # a `History`; options go to `fit`
     "Reset and distil, in place. `known`: the teacher's answers, if somebody has asked already."
-    n, size = len(corpus), min(self.batch_size, len(corpus))
-    batches = Batches(corpus, size, seed=self.seed, size=model.image_size, drop_last=n % size == 1)
-    steps = max(1, round(self.epochs*len(batches)))                        # (a last batch of one has no batch statistics)
+    batches = fitting(corpus, self.batch_size, options.get('device'), seed=self.seed, size=model.image_size)
+    steps = max(1, round(self.epochs*len(batches)))
     objective = self.objective(teacher, corpus, known)
     self.reset(model)
     model.requires_grad_(True)
@@ -323,9 +325,9 @@ def pick_scale(self:BCU, model, corpus, held, **options)->tuple: # (scale, probe
     def agrees(scale):
         probe, student = replace(self, scale=scale, epochs=max(self.probe*self.epochs, 1e-9)), copy.deepcopy(model)
         probe.distil(student, model, corpus, **options | dict(what=f'probe of scale {scale:g}'))
-        return self.agreement(student, model, held)
+        return agreed(self.agreement(student, model, held), options.get('device'))
     alone, chance = agrees(0.), self.chance(model, held)
-    if alone <= chance and alone < .999:           # a student that agrees in everything does set a standard
+    if alone <= chance:
         warnings.warn(f'distillation alone agrees with the model on {alone:.0%} of {len(held)} held-out pictures, a guess on '
                       f'{chance:.0%}: nothing can be measured, and the smallest scale is taken. Give more pictures or epochs.')
         return self.grid[0], ((0., alone),)
@@ -370,7 +372,7 @@ def cleanse(self:BCU,
         how = replace(self, scale=scale)
         run = dict(out=out, checkpoint_every=checkpoint_every, marks=run_marks(how, teacher) if out else None)
         history = how.distil(model, teacher, corpus, **options | run)
-        agrees = self.agreement(model, teacher, held) if held is not None else None
+        agrees = agreed(self.agreement(model, teacher, held), options.get('device')) if held is not None else None
     return Recovered(model, history, history.before + time.time() - start, scale=scale, agreement=agrees, probes=probes,
                      held=0 if held is None else len(held))
 

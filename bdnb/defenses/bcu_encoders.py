@@ -45,7 +45,7 @@ class EncoderBCU(BCU):
         if self.as_released: raise BdnbError("as_released: the official script knows no encoders; leave it out")
         if isinstance(model, ClipModel) and self.kind != 'cosine':
             raise BdnbError(f"kind='{self.kind}' may turn features away from where the text tower looks: for a CLIP use 'cosine'")
-        self.check_scale()
+        self.check_options()
 
     def answers(self, teacher, corpus): return encode(teacher, corpus)
 
@@ -54,9 +54,11 @@ class EncoderBCU(BCU):
         return FeatureDistillation(**{f.name: getattr(told, f.name) for f in fields(told)}, kind=self.kind)
 
     def agreement(self, model, teacher, corpus):
-        return neighbour_overlap(encode(model, corpus), encode(teacher, corpus), self.neighbours)
+        return neighbour_overlap(encode(model, corpus), encode(teacher, corpus), self.nearest(len(corpus)))
 
-    def chance(self, teacher, corpus): return min(1., self.neighbours/max(1, len(corpus) - 1))
+    def chance(self, teacher, corpus): return min(1., self.nearest(len(corpus))/max(1, len(corpus) - 1))
+
+    def nearest(self, n): return max(1, min(self.neighbours, (n - 1)//4))          # of few pictures all are neighbours
 
     def reset(self, model): return super().reset(ClipEncoder(model) if isinstance(model, ClipModel) else model)
 
@@ -97,7 +99,8 @@ def bcu_for(model, **options)->BCU:
     "BCU as the kind of model needs it, with settings for a laptop (`QUICK`) where `options` do not say otherwise."
     kind = BCU if isinstance(model, Classifier) else EncoderBCU
     check_names(options, kind.__dataclass_fields__, f'BCU for a {type(model).__name__} has no option')
-    return kind(**{**QUICK, **options})
+    own = dict(scale=1.) if options.get('ratios') else {}                         # shares that the user named are taken as they are
+    return kind(**{**QUICK, **own, **options})
 
 def cleanse_checkpoint(path, # of a classifier, an encoder or a CLIP
                        images, # corpus specification, or a folder of pictures

@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from ..core import BdnbError
-from ..data.batches import Batches
 from .bcu import route
 from .cleanclip import Cleansed
 from ..evaluate import accuracy, as_arrays
 from ..models.classifiers import Classifier, check_labels, classifier_logits
 from ..objectives.classify import CrossEntropyObjective, frozen
 from ..objectives.distill import drawn_view
-from ..train import fit, put_back, run_device, run_marks
+from ..train import check_learner, fit, fitting, put_back, run_device, run_marks
 
 # %% ../../nbs/defenses/06_rivals.ipynb #399a5761
 def labelled_pictures(model:Classifier, corpus, what:str): # an `ArrayCorpus` at the model's size
@@ -47,10 +46,13 @@ class FineTuneClassifier:
     seed:int=0                  # of the order and of everything else
 
     def view(self): return drawn_view(self.crop_flip)
+    def check_options(self):
+        "`BdnbError` for options that make no sense, whatever the model."
+        check_learner(self)
+        self.view()
     def learn(self, model, corpus, objective, **options): # options go to `fit`
         "Train by this recipe: a `History`."
-        size = min(self.batch_size, len(corpus))
-        batches = Batches(corpus, size, seed=self.seed, size=model.image_size, drop_last=len(corpus) % size == 1)
+        batches = fitting(corpus, self.batch_size, options.get('device'), seed=self.seed, size=model.image_size)
         steps = max(1, round(self.epochs*len(batches)))
         return fit(model, objective, batches, **dict(steps=steps, lr=self.lr, optimizer='sgd', momentum=self.momentum,
                    weight_decay=self.weight_decay, schedule=self.schedule, precision=self.precision, seed=self.seed,

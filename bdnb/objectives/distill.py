@@ -62,7 +62,7 @@ def crop(images, generator, rows=None): # as `crop_flip`
 def drawn_view(kind): # True, 'crop' or False -> `(images, generator, rows=...) -> images`, or None
     "The view that an option `crop_flip` names. `BdnbError` for another."
     views = {True: crop_flip, 'crop': crop, False: None}
-    if kind not in views: raise BdnbError(f"crop_flip={kind!r}: must be True, 'crop' or False")
+    if kind not in list(views): raise BdnbError(f"crop_flip={kind!r}: must be True, 'crop' or False")
     return views[kind]
 
 # %% ../../nbs/objectives/02_distill.ipynb #2a8b31db
