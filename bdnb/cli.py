@@ -111,7 +111,7 @@ def _unmake(folders):
     for p in folders:
         if p.exists() and not any(p.iterdir()): p.rmdir()
 
-_KEEP = 'checkpoint.pt', '*.safetensors', 'metrics.json', 'row*.json', 'probes.json'        # what a run can go on from, or was run for
+_KEEP = 'checkpoint.pt', '*.safetensors', 'metrics.json', 'row*.json', 'probes.json'   # what a run can go on from, or was run for
 
 @contextmanager
 def tidy(out):
@@ -1049,7 +1049,7 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
     from bdnb.ssl_study import ERASE, detectors
     if _names(only) and {s.removesuffix(ERASE) for s in _names(only)} <= {'victims', *detectors()}: return _ssl_tour(options)
     refuse(options, 'again reference retrain', 'only for self-supervised victims: give it with --only poisoncam')
-    if 'bcu' in _names(only): return _bcu_tour(options)
+    if 'bcu' in [s.partition(':')[0] for s in _names(only)]: return _bcu_tour(options)
     from bdnb.study import DEFENSES, make_recipe, tour as run_tour
     check_learning(None, precision)
     _refuse_for_data(options, data == 'shapes')

@@ -275,20 +275,6 @@ def _accelerator(precision, device):
     if kind in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'): raise BdnbError(f"{kind} is not supported: use --multi_gpu or torchrun")
     return acc
 
-def fitting(corpus, batch_size:int, device:str=None, **options)->Batches: # options of `Batches`
-    """Batches of at most the corpus for networks with batch statistics, in any number of processes.
-
-    The last one is dropped where it would be a single picture, or does not divide by the processes."""
-    w = _accelerator('no', device).num_processes
-    size = max(w, min(batch_size, len(corpus))//w*w)
-    return Batches(corpus, size, drop_last=len(corpus) % size == 1 or len(corpus) % size % w > 0, **options)
-
-def agreed(value, device:str=None):
-    "The first process's value, in all of them: what decides how to go on must not differ."
-    if _accelerator('no', device).num_processes == 1: return value
-    from accelerate.utils import broadcast_object_list
-    return broadcast_object_list([value])[0]
-
 def _prepare(acc, model, opt):
     "Move to the device and wrap for the processes. Autocast is the loop's own, around the objective."
     if acc.num_processes == 1: return model.to(acc.device), acc.prepare_optimizer(opt)
@@ -327,6 +313,21 @@ def _progress(steps, start, what, quiet):
                    TextColumn('{task.fields[text]}', markup=False), console=Console(stderr=True), transient=True)
     task = bar.add_task(what, total=steps, completed=start, text='')
     return bar, lambda text: bar.update(task, advance=1, text=text)
+
+# %% ../nbs/objectives/10_train.ipynb #6979a636
+def fitting(corpus, batch_size:int, device:str=None, **options)->Batches: # options of `Batches`
+    """Batches of at most the corpus for networks with batch statistics, in any number of processes.
+
+    The last one is dropped where it would be a single picture, or does not divide by the processes."""
+    w = _accelerator('no', device).num_processes
+    size = max(w, min(batch_size, len(corpus))//w*w)
+    return Batches(corpus, size, drop_last=len(corpus) % size == 1 or len(corpus) % size % w > 0, **options)
+
+def agreed(value, device:str=None):
+    "The first process's value, in all of them: what decides how to go on must not differ."
+    if _accelerator('no', device).num_processes == 1: return value
+    from accelerate.utils import broadcast_object_list
+    return broadcast_object_list([value])[0]
 
 # %% ../nbs/objectives/10_train.ipynb #fcb0b540
 def fit(model, # an `nn.Module`, trained in place

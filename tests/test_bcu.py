@@ -1,12 +1,16 @@
 "BCU: what is reset and what is not, on every kind of network; and what happens to a run that cannot go well."
 import copy
+import os
+import socket
+import sys
+from multiprocessing import get_context
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from conftest import same, state
+from conftest import refused, same, state
 from bdnb.core import BdnbError
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.doors import open_corpus
@@ -17,6 +21,9 @@ from bdnb.models.classifiers import Classifier, classifier_logits, create_classi
 from bdnb.objectives.distill import Distillation, ask, drawn_view, kd_loss, temperature
 
 torch.set_num_threads(1)
+fork = get_context('forkserver') if sys.platform != 'win32' else None
+needs_fork = pytest.mark.skipif(fork is None, reason='no forkserver here')
+if fork: fork.set_forkserver_preload(['bdnb.defenses.bcu', 'accelerate'])
 NETS = {'resnet18': 8, 'preactresnet18': 8, 'vgg11': 8, 'vgg16': 8, 'wrn16': 16, 'vit': 32}
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
@@ -117,13 +124,15 @@ def test_killed_and_resumed_ends_the_same(pool, tmp_path):
     whole, cut = slim(), slim()
     quick().cleanse(whole, pool, quiet=True, device='cpu')
     class Killed(Exception): pass
-    def stop(model, epoch): raise Killed
+    def stop(model, epoch):
+        if epoch == 1: raise Killed
     before = state(cut)
     with pytest.raises(Killed):
         quick().cleanse(cut, pool, out=tmp_path, checkpoint_every=1, quiet=True, device='cpu', on_epoch=stop)
     assert same(state(cut), before)                                       # an error hands the victim back as it was
-    quick().cleanse(cut, pool, out=tmp_path, checkpoint_every=1, quiet=True, device='cpu')
-    assert same(state(cut), state(whole))
+    epochs = []
+    quick().cleanse(cut, pool, out=tmp_path, checkpoint_every=1, quiet=True, device='cpu', on_epoch=lambda m, e: epochs.append(e))
+    assert same(state(cut), state(whole)) and epochs == [1]                # the first epoch was not made again
 
 
 def test_pools_of_any_size(pool):
@@ -366,3 +375,56 @@ def test_probes_that_say_nothing_get_the_smallest_scale(pool, monkeypatch):
     with pytest.warns(UserWarning, match='nothing can be measured'):
         done = quick(epochs=1, scale='auto', grid=(2., 8.)).cleanse(slim(), pool, quiet=True, device='cpu')
     assert done.scale == 2 and done.probes == ((0., .3),)
+
+
+def test_agreement_about_one_name_says_nothing(pool):
+    "A teacher that has one name for every held-out picture is as easily agreed with by a student that knows nothing."
+    model = slim()
+    with torch.no_grad(): model.net.fc.bias[3] = 1e4
+    with pytest.warns(UserWarning, match='agrees with the model on 100% of 4 held-out pictures, a guess on 100%: nothing can be'):
+        done = quick(epochs=1, scale='auto', grid=(2., 32.)).cleanse(model, pool, quiet=True, device='cpu')
+    assert done.scale == 2 and done.probes == ((0., 1.),) and 'only a small reset' in done.doubt
+
+
+@pytest.mark.parametrize('options, why', [
+    (dict(scale=-1.), 'scale=-1'), (dict(scale='some'), "'auto'"), (dict(t_start=0), 'positive'), (dict(epochs=0), 'positive'),
+    (dict(epochs='two'), "epochs='two' must be a number"), (dict(optimizer='adam'), "did you mean 'adamw'"),
+    (dict(crop_flip='flip'), 'crop_flip'), (dict(crop_flip=[1]), 'crop_flip'), (dict(schedule='x'), 'unknown schedule'),
+    (dict(precision='fp8'), 'unknown precision'), (dict(as_released=True, ratios=dict(stem=.1)), 'exclude each other'),
+    (dict(ratios=dict(stem=2)), 'stem=2'), (dict(ratios=3), 'must name layers'), (dict(scale='auto', grid=(2., 1.)), 'ascending')])
+def test_options_are_checked_before_anything_is_done(pool, options, why):
+    how, model = quick(**options), slim()
+    before = state(model)
+    refused(how.check_options, why)
+    refused(lambda: how.cleanse(model, pool, quiet=True, device='cpu'), why)
+    assert same(state(model), before)
+
+
+def one_of_two(rank, port, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=str(port), ACCELERATE_USE_CPU='1')
+    model, c = slim(), ShapeCaps(44)
+    plain = BCU.agreement
+    BCU.agreement = lambda *a: plain(*a) if rank == 0 else 0.              # each measures a student with its own statistics
+    BCU.chance = lambda *a: .1                                             # (an untrained teacher has one name for all)
+    done = quick(epochs=1, scale='auto', grid=(2., 8., 32.), held_out=.2).cleanse(
+        model, ArrayCorpus(c.images, c.keys), quiet=True, device='cpu')
+    parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.save(dict(weights=parameters, said=[done.scale, done.agreement, *sum(done.probes, ())]), folder/f'{rank}.pt')
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@needs_fork
+def test_two_processes_pick_one_scale(tmp_path):
+    "The first process decides; the odd pictures at the end, which two cannot share, are left out of every epoch."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    pair = [fork.Process(target=one_of_two, args=(r, port, tmp_path)) for r in (0, 1)]
+    for p in pair: p.start()
+    for p in pair: p.join(900)
+    assert [p.exitcode for p in pair] == [0, 0]
+    one, other = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in (0, 1))
+    assert one['said'] == other['said'] and torch.equal(one['weights'], other['weights']) and one['said'][2:4] == [0., 1.]

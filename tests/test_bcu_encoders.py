@@ -12,7 +12,7 @@ from bdnb.data.batches import Batches
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.shapes import ShapeCaps
 from bdnb.defenses.bcu import RATIOS, plan_reset, reset_weights, route
-from bdnb.defenses.bcu_encoders import EncoderBCU, cleanse_checkpoint, load_any, neighbour_overlap
+from bdnb.defenses.bcu_encoders import EncoderBCU, bcu_for, cleanse_checkpoint, load_any, neighbour_overlap
 from bdnb.models.build import create_model
 from bdnb.models.checkpoint import save_checkpoint
 from bdnb.models.classifiers import create_classifier, load_classifier, save_classifier
@@ -51,13 +51,30 @@ def test_a_checkpoint_and_a_folder(pool, tmp_path):
 def test_encoders(pool, kind):
     encoder = create_encoder('resnet10', 8)
     before = state(encoder)
-    found = EncoderBCU(kind=kind, scale='auto', grid=(1., 8.), epochs=2, batch_size=16, held_out=.3).cleanse(
+    found = EncoderBCU(kind=kind, scale='auto', grid=(1., 8.), epochs=2, batch_size=16, held_out=.5).cleanse(
         encoder, pool, quiet=True, device='cpu')
-    assert found.model is encoder and not same(before, state(encoder)) and found.scale in (1, 8) and 0 <= found.agreement <= 1
+    assert found.model is encoder and not same(before, state(encoder)) and found.held == 18
+    (none, alone), (eight, agrees) = found.probes                          # four neighbours of seventeen
+    assert (none, eight) == (0, 8) and 4/17 < alone <= 1 and 0 < found.agreement < 1
+    assert found.scale == (8 if agrees >= alone - .5*(alone - 4/17) else 1)
     identity = create_encoder('resnet10', 8)
     EncoderBCU(scale=0).reset(identity)
     assert same(before, state(identity))
     with pytest.raises(BdnbError, match='not a Classifier'): EncoderBCU(kind=kind).cleanse(slim(), pool, quiet=True)
+
+
+def test_few_pictures_have_few_neighbours():
+    "Were all others neighbours, any two encoders would agree."
+    how, g = EncoderBCU(), torch.Generator().manual_seed(0)
+    assert [how.nearest(n) for n in (2, 5, 11, 40, 41, 500)] == [1, 1, 2, 9, 10, 10]
+    a, b = (torch.randn(11, 8, generator=g) for _ in range(2))
+    assert neighbour_overlap(a, b, how.nearest(11)) < .6 and how.chance(None, range(11)) == .2
+    assert how.chance(None, range(2)) == 1                                 # one other: nothing can be measured
+
+
+def test_shares_that_the_user_names_are_not_multiplied():
+    assert bcu_for(slim()).scale == 'auto' and bcu_for(slim(), ratios=dict(stage4=.3)).scale == 1
+    assert bcu_for(slim(), ratios=dict(stage4=.3), scale='auto').scale == 'auto'
 
 
 def test_clip_keeps_its_text_tower(pool, tmp_path):

@@ -66,7 +66,8 @@ def test_a_folder_without_labels_cleanses_a_classifier(files, run, tmp_path):
     assert again[0] == 2 and 'finished run' in again[2]
 
 
-def test_without_a_test_set_it_says_what_can_be_seen(files, run, tmp_path):
+def test_without_a_test_set_it_says_what_can_be_seen(files, run, tmp_path, monkeypatch):
+    monkeypatch.setattr('bdnb.defenses.bcu.BCU.chance', lambda *args: .1)  # (an untrained teacher has one name for all)
     line = f'cleanse {files}/model.safetensors --method bcu --images {files}/pictures {quick} --out {tmp_path}/auto'
     code, out, err = run(line)
     done = read_json(tmp_path/'auto'/'metrics.json')
@@ -185,6 +186,7 @@ mistakes = {
     'no device': ('{bcu} --device meta', ["--device 'meta'"]),
     'target': (f'{{bcu}} --test {test} --trigger badnet --target sta', ["'sta'"]),
     'trigger without a target': (f'{{bcu}} --test {test} --trigger badnet', ['--target']),
+    'classes that look like a number': ('{d}/plain.pt --method bcu --images {d}/pictures --model resnet18 --classes ² --width 4', ['plain.pt']),
     'shares that are no numbers': ('{bcu} --ratios head', ['--ratios', 'head=.1']),
     'shares of no layer': ('{bcu} --scale 1 --ratios haed=.1', ["no stage or layer 'haed'", 'head']),
     'shares elsewhere': ('{model} --method finetune --data shapes --ratios head=.1', ['--ratios', 'only for --method bcu']),
@@ -214,9 +216,29 @@ def test_a_network_without_a_route_lists_its_layers(files, run, tmp_path, monkey
     code, out, err = run(f'cleanse {files}/model.safetensors --method bcu --images {files}/pictures {quick} --out {tmp_path}/run')
     assert code == 2 and err.count('\n') == 1 and 'odd: no routing by depth' in err and '--ratios b=.1' in err and 'a, b' in err, err
     assert not (tmp_path/'run').exists()
-    code, out, err = run(f'cleanse {files}/model.safetensors --method bcu --images {files}/pictures {quick} --scale 1 '
+    code, out, err = run(f'cleanse {files}/model.safetensors --method bcu --images {files}/pictures {quick} '
                          f'--ratios a=.5,b=.1 --out {tmp_path}/run')                                 # what it advises helps
-    assert code == 0 and read_json(tmp_path/'run'/'config.json')['options']['ratios'] == str({'a': .5, 'b': .1}), err
+    said = read_json(tmp_path/'run'/'config.json')['options']
+    assert code == 0 and said['ratios'] == str({'a': .5, 'b': .1}) and said['scale'] == 1, err
+
+
+def test_probes_outlive_an_interrupt(files, run, tmp_path, monkeypatch):
+    "They cost as much as the run that follows, which may write no checkpoint in so small a pool."
+    from bdnb.defenses.bcu import BCU
+    line, plain, made = f'cleanse {files}/model.safetensors --method bcu --images {files}/pictures {quick}', BCU.distil, []
+    line += f' --out {tmp_path}/run'
+    def stop(self, *args, **options):
+        made.append(options.get('what', 'BCU'))
+        if made[-1] == 'BCU': raise KeyboardInterrupt
+        return plain(self, *args, **options)
+    monkeypatch.setattr(BCU, 'distil', stop)
+    monkeypatch.setattr(BCU, 'chance', lambda *args: .1)                   # (an untrained teacher has one name for all)
+    run(line)
+    assert made[-1] == 'BCU' and len(made) > 2 and (tmp_path/'run'/'probes.json').exists()
+    made.clear()
+    monkeypatch.setattr(BCU, 'distil', lambda s, *args, **o: (made.append(o.get('what', 'BCU')), plain(s, *args, **o))[1])
+    code, _, err = run(line)
+    assert code == 0 and made == ['BCU'], err
 
 
 small = '--n 96 --test-n 48 --clean-n 60 --epochs 1 --batch-size 32 -q'
@@ -240,6 +262,8 @@ def test_tour(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize('line, words', [
     ('--attacks badnts', ["'badnts'", "did you mean 'badnets'"]), ('--only bcu,nadd', ["'nadd'", "did you mean 'nad'"]),
     ('--seeds one', ['--seeds']), ('--target sta', ["'sta'"]), ('--model resnet19', ["'resnet19'"]),
+    ('--model torchvision/vit_b_16 --size 50', ['torchvision/vit_b_16', '50 px']), ('--only bcu:scale=some', ["'auto'"]),
+    ('--only bcu,finetune:crop_flip=flip', ['crop_flip']),
     ("--data folder:nowhere", ['test set']), (f"--data shapes:?n=64 --test {test} --n 5", ['--n:', 'drawn']),
     (f"--data shapes:?n=64 --test {test} --test-n 5", ['--test-n', 'drawn']), (f'--test {test}', ['--test', '--data']),
     ('--defenses bcu', ['--defenses', '--only']), ('--clean shapes:?n=64 --clean-n 60', ['--clean-n', '--clean ']),
@@ -251,6 +275,12 @@ def test_tour_mistakes(run, tmp_path, line, words):
     assert code == 2 and err.count('\n') == 1 and err.startswith('bdnb: error: '), err
     for w in words: assert w in err, err
     assert not (tmp_path/'t').exists()
+
+
+def test_networks_of_torchvision_have_one_width():
+    from bdnb.classifier_study import make_classifier_recipe
+    assert make_classifier_recipe(arch='torchvision/resnet18').width is None and make_classifier_recipe(arch='vgg16-bn').width == 16
+    assert make_classifier_recipe(arch='torchvision/resnet18', width=4).width == 4                   # asked for: the error says why not
 
 
 def test_another_corpus_need_not_have_the_groups(tmp_path):

@@ -99,7 +99,7 @@ def bcu_for(model, **options)->BCU:
     "BCU as the kind of model needs it, with settings for a laptop (`QUICK`) where `options` do not say otherwise."
     kind = BCU if isinstance(model, Classifier) else EncoderBCU
     check_names(options, kind.__dataclass_fields__, f'BCU for a {type(model).__name__} has no option')
-    own = dict(scale=1.) if options.get('ratios') else {}                         # shares that the user named are taken as they are
+    own = dict(scale=1.) if options.get('ratios') else {}                     # shares that the user names are taken as they are
     return kind(**{**QUICK, **own, **options})
 
 def cleanse_checkpoint(path, # of a classifier, an encoder or a CLIP
