@@ -197,6 +197,7 @@ def test_a_damaged_picture_is_named_counted_and_skipped(tmp_path, tiny):
     code, out, err = run('scan', f'folder:{pile}', '--encoder', tiny, '--out', tmp_path/'scan', '--clusters', 2, '-q')
     assert code == 0, err
     assert '1 samples were left out' in err and '031-broken.png' in err
+    assert '031-broken.png' in (tmp_path/'scan'/'report.html').read_text()
     assert [line.split() for line in out.splitlines() if 'skipped' in line][0][-1] == '1'
     names = [r['key'] for r in csv.DictReader(open(tmp_path/'scan'/'findings.csv'))]
     assert len(names) == 30 and 'class 1/031-broken.png' not in names
