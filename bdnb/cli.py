@@ -856,7 +856,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
     from functools import lru_cache
     from bdnb.data.doors import open_corpus
     from bdnb.defenses.poisoncam import PoisonCAM
-    from bdnb.scan import check_same_scan, scan_corpus, shared_pictures
+    from bdnb.scan import read_scan, scan_corpus, shared_pictures
     from bdnb.train import check_precision
     refuse(options, 'model width size mean std', 'is for --encoder; what --train trains is fixed by its name', encoder is None)
     if drop_tokens and encoder is None: raise BdnbError('--drop-tokens: is for --encoder; what --train trains has no tokens')
@@ -872,8 +872,11 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
     known = _truth(truth, pile)
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not any((out/n).exists() for n in ('stages', 'encoder'))):
         raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
-    then = read_json(out/'scan.json').get('corpus') if (out/'scan.json').exists() else None
-    if then not in (None, corpus): raise BdnbError(f'{out}: holds the scan of {then}; choose another folder as --out')
+    then = read_scan(out)
+    if then.get('corpus') not in (None, corpus):
+        raise BdnbError(f"{out}: holds the scan of {then['corpus']}; choose another folder as --out")
+    if then and train is not None and not (out/'encoder').exists():
+        raise BdnbError(f'{out}: holds a scan with another encoder than --train would make; choose another folder as --out')
     team, quiet = _team(device), quiet or bool(_rank())
     pictures = lru_cache(lambda size: shared_pictures(pile, size, team, quiet))
     where = pick_device(device, learns=train is not None)
@@ -884,7 +887,6 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
             raise BdnbError(f'--drop-tokens: encoder {net.name!r} has no tokens to drop; leave the option out')
         detector.check(net)
         if batch_size is None: detector = replace(detector, batch=_usual_batch(net.image_size))
-        check_same_scan(out, net, detector.settings(net.image_size, where))
         found = scan_corpus(pictures(net.image_size), net, out, detector, command_line(), quiet, where, corpus, team)
     if team: team.close()
     if not _rank(): _show_scan(found, out)

@@ -54,7 +54,7 @@ SSL_METHODS = dict(
     mocov3=replace(_SMALL, method='mocov3', momentum=.95, momentum_end=1., epochs=36))
 _PHOTOS = dict(target='n03417042', class_rate=None, rate=.01, size=.27)
 _WINDOW = dict(window=.27)
-_RESNET18 = SslRecipe('mocov2', 'resnet18', 64, 64, 'mocov2', 200, 256, .06, queue=4096, precision='bf16')
+_RESNET18 = SslRecipe('mocov2', 'resnet18', 64, 64, 'mocov2', 200, 256, .06, queue=4096, hidden=512, precision='bf16')
 SSL_STUDIES = dict(
     wallpapers=SslStudy(),
     imagenette=SslStudy(replace(_SMALL, image_size=64, epochs=20, queue=4096, precision='auto'), **_PHOTOS,   # an hour of a core

@@ -94,9 +94,11 @@ def _contents(corpus):
     return digest(chain(words, pixels))
 
 def _same_settings(path, old, new):
-    "Refuse to continue a run with other settings, naming the first three."
-    short = lambda v: v if len(v) < 60 else v[:50] + '...'
-    other = [f"{k} was {short(old.get(k, 'not set'))}, is {short(v)}" for k, v in new.items() if old.get(k) != v]
+    "Refuse to continue a run with other settings, naming the first three; of long texts the part where they differ."
+    def said(was, now):
+        part = was.rfind(' ', 0, len(os.path.commonprefix([was, now]))) + 1 if max(len(was), len(now)) >= 60 else 0
+        return ', is '.join(v[part:] if len(v) - part < 60 else v[part:part + 50] + '...' for v in (was, now))
+    other = [f"{k} was {said(old.get(k, 'not set'), v)}" for k, v in new.items() if old.get(k) != v]
     if other: raise BdnbError(f"{path}: written by a run with other settings ({'; '.join(other[:3])}); "
                               "use another output folder, or delete it to start anew")
 

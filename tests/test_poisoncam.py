@@ -1,5 +1,4 @@
 "PoisonCAM on encoders whose answer is known, and the scan command on files."
-import csv
 import importlib
 import inspect
 import sys
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from bdnb.attacks.patches import CTRL, coverage
@@ -550,18 +548,6 @@ def test_the_ablation_varies_one_setting_at_a_time(monkeypatch):
     assert len(every) == 1 + sum(len(v) - 1 for v in ablation.AXES.values())
     assert all(sum(s[k] != ablation.DEFAULT[k] for k in s) == (s is not every[0]) for s in every)
     for s in every: PoisonCAM(**s)
-
-
-def test_scan_command_names_and_skips_a_damaged_picture(run, tmp_path, tiny):
-    folder = tmp_path/'pile'
-    folder.mkdir()
-    for i, x in enumerate(pile(n=30, every=0)[0].images): Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder/f'{i:02d}.png')
-    (folder/'15x.png').write_bytes(b'\x89PNG\r\n\x1a\nnot a picture')
-    code, out, err = run(f"scan folder:{folder} --encoder {tiny} --out {tmp_path/'scan'} --clusters 2 -q")
-    assert code == 0, err
-    rows = list(csv.DictReader(open(tmp_path/'scan'/'findings.csv')))
-    page = (tmp_path/'scan'/'report.html').read_text()
-    assert len(rows) == 30 and '15x.png' in page and (tmp_path/'scan'/'kept.txt').exists()
 
 
 @pytest.mark.parametrize('line, says', [

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import nn
 
 import bdnb.defenses.findings as findings
+import bdnb.objectives.ssl as ssl
 import bdnb.ssl_study as ssl_study
 from bdnb.cli import main
 from bdnb.core import BdnbError, read_json, rng
@@ -32,9 +33,10 @@ from bdnb.data.doors import open_corpus, read_keys, write_spec
 from bdnb.data.images import BadImage
 from bdnb.data.shards import write_shards
 from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Findings, Scan, Team, contents, load_findings
+from bdnb.defenses.patchsearch import PatchSearch
 from bdnb.defenses.poisoncam import PoisonCAM, Search
 from bdnb.defenses.poisonfilter import FilterEnsemble, FilterRecipe
-from bdnb.models.checkpoint import read_tensors
+from bdnb.models.checkpoint import read_tensors, write_tensors
 from bdnb.models.encoders import Encoder, create_encoder, save_encoder
 from bdnb.scan import cell, scan_corpus
 
@@ -195,6 +197,7 @@ def test_a_damaged_picture_is_named_counted_and_skipped(tmp_path, tiny):
     code, out, err = run('scan', f'folder:{pile}', '--encoder', tiny, '--out', tmp_path/'scan', '--clusters', 2, '-q')
     assert code == 0, err
     assert '1 samples were left out' in err and '031-broken.png' in err
+    assert '031-broken.png' in (tmp_path/'scan'/'report.html').read_text()
     assert [line.split() for line in out.splitlines() if 'skipped' in line][0][-1] == '1'
     names = [r['key'] for r in csv.DictReader(open(tmp_path/'scan'/'findings.csv'))]
     assert len(names) == 30 and 'class 1/031-broken.png' not in names
@@ -306,6 +309,9 @@ def one_of_two(rank, port, folder):
     try: scan_corpus(FolderCorpus(folder/'pile'), broken, folder/'broken', adaptive(), quiet=True, team=team)
     except BdnbError as e: said = str(e)
     (folder/f'error-{rank}.txt').write_text(said)
+    fewer = FolderCorpus(folder/'pile').subset(range(100))
+    try: scan_corpus(fewer, red(), folder/'two-0', adaptive(), quiet=True, team=team)
+    except BdnbError as e: (folder/f'refused-{rank}.txt').write_text(str(e))
     team.close()
 
 
@@ -335,6 +341,7 @@ def test_two_processes_are_one(tmp_path):
         assert (tmp_path/'two-0'/name).read_bytes() == (tmp_path/'one'/name).read_bytes()
     assert (tmp_path/'error-1.txt').read_text() == 'the fuse is burnt'
     assert (tmp_path/'error-0.txt').read_text() == 'process 1 of 2 stopped: BdnbError: the fuse is burnt'
+    for rank in (0, 1): assert 'two-0: holds a scan of other pictures' in (tmp_path/f'refused-{rank}.txt').read_text()
 
 
 @pytest.mark.slow
@@ -729,6 +736,110 @@ def test_a_finished_scan_is_not_written_over_by_other_options(tmp_path, tiny):
         code, _, err = command(*more)
         assert code == 2 and why in err and 'choose another folder as --out' in err and err.count('\n') == 1, err
         assert before == {p.name: p.read_bytes() for p in (tmp_path/'scan').iterdir() if p.is_file()}
+
+
+def test_a_finished_scan_is_not_written_over_by_other_pictures(tmp_path, tiny, monkeypatch):
+    "Under the same line: a pile of which pictures were deleted, and one of the same name in another place."
+    here, there = (fill(tmp_path/name/'pile', 14, 0, broken=False) for name in ('here', 'there'))
+    (there/'class 0'/'012.png').unlink()
+    files = lambda: {p: p.read_bytes() for p in (tmp_path/'scan').rglob('*') if p.is_file()}
+    def scan(folder):
+        monkeypatch.chdir(folder.parent)
+        return run('scan', 'folder:pile', '--encoder', tiny, '--out', tmp_path/'scan', '--clusters', 2, '-q')
+    assert scan(here)[0] == 0
+    before, last = files(), here/'class 1'/'013.png'
+    picture = last.read_bytes()
+    last.unlink()
+    for folder in (here, there):
+        code, _, err = scan(folder)
+        assert code == 2 and 'holds a scan of other pictures; choose another folder as --out' in err and err.count('\n') == 1, err
+        assert files() == before
+    last.write_bytes(picture)                                         # all are there again: the scan that it was
+    assert scan(here)[0] == 0
+
+
+class Sixths(Every):
+    "Another detector, which says with what settings it works."
+    def __init__(self, of=6): self.of = of
+    def settings(self, size, device): return dict(of=self.of)
+    def scan(self, *args):
+        found = super().scan(*args)
+        found.evidence['settings'] = self.settings(32, None)
+        return found
+
+
+def test_a_library_call_does_not_write_over_a_finished_scan_either(tmp_path):
+    images = torch.stack([*pictures()])
+    scan = lambda images, net, detector, out='sixths': scan_corpus(ArrayCorpus(images), net, tmp_path/out, detector, quiet=True)
+    scan(images, red(), Sixths())
+    scan(images, red(), Sixths())
+    scan(images, red(), Every(), 'every')                             # says no settings
+    before, other, far = (tmp_path/'sixths'/'scan.json').read_bytes(), images.clone(), red()
+    other[7, 0, 0, 0] += 1
+    far.mean += .1
+    for why, *call in (('of other pictures', other, red(), Sixths()), ('with another encoder', images, far, Sixths()),
+                       ('by another detector', images, red(), Every()), ('by another detector', images, red(), how),
+                       ('by another detector', images, red(), PatchSearch()), ('of=6, not 3', images, red(), Sixths(3))):
+        with pytest.raises(BdnbError, match=f'sixths: .*{why}; choose another folder'): scan(*call)
+        assert (tmp_path/'sixths'/'scan.json').read_bytes() == before and not (tmp_path/'sixths'/'stages').exists()
+    with pytest.raises(BdnbError, match='every: holds a scan of other pictures'): scan(other, red(), Every(), 'every')
+
+
+def test_the_rival_says_its_settings(tmp_path):
+    images, quiet = torch.stack([*pictures()]), PatchSearch(clusters=2, tests=8, layer='first', filter=quick)
+    net = red()
+    net.net.first = nn.Identity()
+    said = quiet.settings(32)
+    assert said['filter']['steps'] == 40 and said['clusters'] == 2
+    (tmp_path/'scan.json').write_text(json.dumps(dict(settings=said)))
+    for other in (replace(quiet, seed=1), replace(quiet, filter=replace(quick, steps=41))):
+        with pytest.raises(BdnbError, match='was made with (seed=0, not 1|filter.steps=40, not 41)'):
+            scan_corpus(ArrayCorpus(images), net, tmp_path, other, quiet=True)
+
+
+@pytest.mark.parametrize('text', ['[]', '3', '"words"', 'null', '{"settings": []}', '{"settings": "a"}', '{"settings": null}'])
+def test_a_file_that_no_scan_wrote_is_named(tmp_path, tiny, text):
+    pile = fill(tmp_path/'pile', 12, 0, broken=False)
+    (tmp_path/'scan'/'stages').mkdir(parents=True)
+    (tmp_path/'scan'/'scan.json').write_text(text)
+    code, _, err = run('scan', f'folder:{pile}', '--encoder', tiny, '--out', tmp_path/'scan', '-q')
+    assert code == 2 and 'scan.json: is not what a scan wrote' in err and err.count('\n') == 1, err
+
+
+def test_nothing_is_trained_beside_the_scan_of_another_encoder(tmp_path, tiny, monkeypatch):
+    pile = fill(tmp_path/'pile', 12, 0, broken=False)
+    command = lambda *more: run('scan', f'folder:{pile}', '--out', tmp_path/'scan', '--clusters', 2, '-q', *more)
+    assert command('--encoder', tiny)[0] == 0
+    def train(*args, **options): raise AssertionError('it trains')
+    monkeypatch.setattr(ssl, 'train_encoder', train)
+    before = {p.name for p in (tmp_path/'scan').rglob('*')}
+    code, _, err = command('--train', 'moco')
+    assert code == 2 and 'holds a scan with another encoder than --train would make' in err and err.count('\n') == 1, err
+    assert {p.name for p in (tmp_path/'scan').rglob('*')} == before
+    with pytest.raises(AssertionError, match='it trains'): run('scan', f'folder:{pile}', '--out', tmp_path/'new', '--train', 'moco', '-q')
+
+
+SAID = dict(kind='findings', keys=['a', 'b', 'c'], verdict=FOUND, evidence=dict(acquitted=0))
+
+
+def parts():
+    nan, whole = torch.full((3,), float('nan')), torch.zeros(3, dtype=torch.int64)
+    return dict(score=nan, cluster=whole, window=torch.zeros(3, 4, dtype=torch.int64), probability=nan, keep=whole.bool())
+
+
+@pytest.mark.parametrize('change', [
+    dict(kind='scan'), dict(keys=3), dict(keys='abc'), dict(keys=['a', 'b']), dict(keys=['a', 'b', 3]), dict(keys=dict(a=1, b=2, c=3)),
+    dict(keys=None), dict(verdict=None), dict(verdict='perhaps'), dict(verdict=[FOUND]), dict(evidence=None), dict(evidence=[]),
+    dict(score=torch.tensor(1.)), dict(score=torch.zeros(3, dtype=torch.float64)), dict(score=torch.zeros(3, 1)), dict(score=None),
+    dict(cluster=torch.zeros(3)), dict(window=torch.zeros(3, dtype=torch.int64)), dict(window=torch.zeros(3, 5, dtype=torch.int64)),
+    dict(window=torch.zeros(3, 4)), dict(probability=torch.zeros(2)), dict(keep=torch.zeros(3))])
+def test_a_file_that_holds_no_findings_is_named(tmp_path, change):
+    path = tmp_path/'found.safetensors'
+    write_tensors(parts(), path, SAID)
+    assert load_findings(path).keys == SAID['keys']                   # whole, it is read
+    tensors, said = ({k: v for k, v in (d | {k: change[k] for k in change if k in d}).items() if v is not None} for d in (parts(), SAID))
+    write_tensors(tensors, path, said)
+    with pytest.raises(BdnbError, match='found.safetensors: holds no findings'): load_findings(path)
 
 
 @pytest.mark.parametrize('n, k', [(8, 2), (24, 3), (80, 10), (900, 10), (2000, 20)])

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from types import SimpleNamespace
 
@@ -25,6 +25,7 @@ from bdnb.data.shapes import ShapeCaps
 from bdnb.models.build import ClipModel
 from bdnb.models.tiny import tiny_clip
 from bdnb.objectives.contrastive import CleanClipObjective, ClipObjective
+from bdnb.objectives.ssl import SslRecipe, train_encoder
 from bdnb.train import fit, parameter_groups
 
 torch.set_num_threads(1)
@@ -213,6 +214,28 @@ def test_resume_with_other_settings_is_refused(stopped, name, change):
     with pytest.raises(BdnbError, match=rf'other settings \({name} was .*checkpoint|checkpoint.*other settings \(.*{name} was '):
         fit(fresh(), out=stopped, **options)
     assert (stopped/'checkpoint.pt').read_bytes() == before
+
+
+class Killed(Exception): pass
+
+
+def test_an_encoder_of_another_recipe_does_not_go_on(tmp_path):
+    "Also where `fit` does not see the number: temperature, slow copy, queue, normalisation. The same recipe goes on."
+    def stop(model, epoch): raise Killed
+    how = SslRecipe('mocov2', 'resnet10/half', 4, views='global_local', epochs=2, batch_size=16, queue=32, hidden=8, out=4)
+    plain = lambda recipe, **options: train_encoder(ShapeCaps(32), recipe, quiet=True, device='cpu', **options)
+    train_it = lambda recipe, **options: plain(recipe, out=tmp_path/'run', checkpoint_every=1, **options)
+    whole, _, _ = plain(how)
+    with pytest.raises(Killed): train_it(how, on_epoch=stop)
+    before = (tmp_path/'run'/'checkpoint.pt').read_bytes()
+    others = dict(temperature=.5, momentum=.9, momentum_end=1., late_queue=False, mean=(.5,)*3, std=(.2,)*3)
+    for name, other in others.items():
+        with pytest.raises(BdnbError, match=rf'checkpoint.pt: .*other settings \(recipe was {name}=.*, is {name}='):
+            train_it(replace(how, **{name: other}))
+        assert (tmp_path/'run'/'checkpoint.pt').read_bytes() == before
+    encoder, history, _ = train_it(how)
+    assert history.rows[-1]['step'] == 4 and before != (tmp_path/'run'/'checkpoint.pt').read_bytes()
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), encoder.state_dict().values()))
 
 
 def test_settings_do_not_depend_on_the_process():

@@ -164,7 +164,8 @@ def _rows(self:Findings)->list: # of dicts with `COLUMNS`; None where there is n
     return [dict(zip(COLUMNS, (key, number(s), c, *(w if w[0] >= 0 else (None,)*4), number(p), k)))
             for key, s, c, w, p, k in zip(self.keys, *columns)]
 
-_TENSORS = 'score', 'cluster', 'window', 'probability', 'keep'
+_TENSORS = dict(score=(torch.float32,), cluster=(torch.int64,), window=(torch.int64, 4), probability=(torch.float32,),
+                keep=(torch.bool,))          # type, and the sides after the first
 
 def _save(self:Findings, path): # ends with .safetensors
     "Everything in one file."
@@ -173,12 +174,18 @@ def _save(self:Findings, path): # ends with .safetensors
     write_tensors({k: getattr(self, k) for k in _TENSORS} | loose, path,
                   dict(kind='findings', keys=self.keys, verdict=self.verdict, evidence=plain))
 
+def _are_findings(tensors, header)->bool:
+    "Has a file every part of findings, each of its kind and shape?"
+    keys = header.get('keys')
+    if header.get('kind') != 'findings' or not isinstance(keys, list) or not all(isinstance(k, str) for k in keys): return False
+    if header.get('verdict') not in (FOUND, NO_EVIDENCE) or not isinstance(header.get('evidence'), dict): return False
+    return all(k in tensors and tensors[k].dtype == kind and tensors[k].shape == (len(keys), *more)
+               for k, (kind, *more) in _TENSORS.items())
+
 def load_findings(path)->Findings:
     "Read what `Findings.save` wrote. Raises `BdnbError` for anything else."
     tensors, header = read_tensors(path)
-    n = len(header.get('keys', ())) if header.get('kind') == 'findings' else -1
-    if n < 0 or any(k not in tensors or len(tensors[k]) != n for k in _TENSORS):
-        raise BdnbError(f'{path}: holds no findings; name the file that a scan wrote')
+    if not _are_findings(tensors, header): raise BdnbError(f'{path}: holds no findings; name the file that a scan wrote')
     loose = {k.removeprefix('evidence.'): v for k, v in tensors.items() if k.startswith('evidence.')}
     return Findings(header['keys'], **{k: tensors[k] for k in _TENSORS}, verdict=header['verdict'],
                     evidence=header['evidence'] | loose)

@@ -124,6 +124,10 @@ class PatchSearch:
         "The poison classifier's published numbers; for small pictures with fewer channels and steps."
         return self.filter or (FilterRecipe(width=16, steps=300, lr=.05) if size < 64 else FilterRecipe())
 
+    def settings(self, size:int, device=None)->dict:
+        "The numbers that a scan of pictures of so many pixels is made with, on any device."
+        return asdict(replace(self, filter=self.recipe(size)))
+
     def scan(self, corpus, # any corpus; labels are not looked at
              encoder, # `Encoder`
              out=None, # folder: finished stages are kept there, and a killed scan goes on
@@ -135,7 +139,7 @@ class PatchSearch:
         """Look for a patch trigger and remove what the classifier calls poisoned. There is always a best crop, so something is
         always found, as in the published method. Raises `BdnbError` for bad options or too few pictures."""
         pictures = pictures_to_scan(corpus, encoder, budget_bytes, quiet)
-        settings = asdict(replace(self, filter=self.recipe(encoder.image_size)))
+        settings = self.settings(encoder.image_size)
         mark = contents(pictures.images, pictures.keys, encoder, dict(settings, method='patchsearch'))
         stages = Scan(out, mark, share, None, quiet, writer)
         device = torch.device(device) if device is not None else next(encoder.parameters()).device

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..core import BdnbError, derive_seed, rng
+from ..train import cosine
 
 # %% ../../nbs/defenses/02b_poison_filter.ipynb #ecde582e
 class GroupedBlock(nn.Module):
@@ -167,8 +168,6 @@ def settled(f1:list, patience:int)->bool:
     "The official stop: more than `patience` values, and the last `patience` of them the same whole percentage."
     return len(f1) > patience and len({int(100*v) for v in f1[-patience:]}) == 1
 
-def _cosine(step, steps): return .5*(1 + math.cos(math.pi*step/max(1, steps)))
-
 # %% ../../nbs/defenses/02b_poison_filter.ipynb #47b669e4
 def train_filter(
     images,          # uint8 [N, 3, S, S], a tensor or memory map
@@ -190,7 +189,7 @@ def train_filter(
     patches, history, B = crops.to(device).float()/255, [], min(r.batch, len(clean))
     order = _endless(clean, B, g)
     for step in range(r.steps):
-        for group in opt.param_groups: group['lr'] = r.lr*_cosine(step, r.steps)
+        for group in opt.param_groups: group['lr'] = r.lr*cosine(step, r.steps)
         poisoned = (torch.rand(B, generator=g) < .5).to(device)
         x = training_batch(images[next(order)].to(device).float()/255, patches, poisoned, r, g)
         loss = ensemble_loss(net(normalise(x)), poisoned)

@@ -15,7 +15,7 @@ from ..core import BdnbError, derive_seed, did_you_mean
 from ..data.batches import Batches
 from ..data.views import VIEWS, Views
 from ..models.encoders import Encoder
-from ..train import fit
+from ..train import fit, run_marks
 
 # %% ../../nbs/objectives/03_ssl.ipynb #7081a237
 METHODS = ('simclr', 'mocov2', 'byol', 'mocov3')
@@ -127,7 +127,9 @@ class SslObjective:
 
 @dataclass(frozen=True)
 class SslRecipe:
-    "Everything a self-supervised training fixes. Defaults are MoCo v2's published ones (SSL-Backdoor, moco/) but for the size."
+    """Everything a self-supervised training fixes. Defaults are MoCo v2's published ones (SSL-Backdoor, moco/) but for the size.
+
+    Two more are ours: `hidden` (theirs is the features' width, 512 for a ResNet-18), and no weight decay of norms and biases."""
     method:str='mocov2'         # one of `METHODS`
     encoder:str='resnet18'      # see `list_encoders`
     width:int=None              # channels of the first stage
@@ -170,13 +172,16 @@ def train_encoder(corpus, # pictures; labels are not looked at
                   out=None, # run folder: log and checkpoint; a killed run goes on from there
                   quiet:bool=False, # no progress bar
                   **options): # more for `fit`, e.g. device, on_epoch, checkpoint_every
-    "Train an encoder from scratch: (encoder, History, seconds). `BdnbError` for bad options and a loss that is not finite."
+    """Train an encoder from scratch: (encoder, History, seconds).
+
+    Raises `BdnbError` for bad options, a loss that is not finite, and a folder that holds a run of another recipe."""
     start, encoder = time.time(), recipe.new_encoder(seed)
     batches = Batches(corpus, recipe.batch_size, seed=seed, size=recipe.image_size)
     steps = max(1, round(recipe.epochs*len(batches)))
     learner = SslLearner(encoder, recipe.method, recipe.hidden, recipe.out, recipe.temperature, recipe.queue, recipe.momentum,
                          recipe.momentum_end, steps, recipe.norm, recipe.freeze_patch, recipe.late_queue, seed)
     settings = dict(steps=steps, lr=recipe.lr, weight_decay=recipe.weight_decay, warmup=recipe.warmup, optimizer=recipe.optimizer,
-                    precision=recipe.precision, seed=seed, out=out, checkpoint_every=200 if out else None, what=recipe.method)
+                    precision=recipe.precision, seed=seed, out=out, checkpoint_every=200 if out else None, what=recipe.method,
+                    marks=run_marks(recipe, learner) if out else None)
     history = fit(learner, recipe.objective(), batches, quiet=quiet, **{**settings, **options})
     return encoder.eval(), history, history.before + time.time() - start
