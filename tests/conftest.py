@@ -1,6 +1,9 @@
 "Tests share two cores with whatever else runs: one thread each, no display, no network."
 import os
 import shlex
+import socket
+import sys
+from multiprocessing import get_context
 from typing import NamedTuple
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -32,6 +35,30 @@ def refused(f, *words):
     "One line, with these words in it."
     with pytest.raises(BdnbError) as e: f()
     assert '\n' not in str(e.value) and all(w in str(e.value) for w in words), e.value
+
+
+fork = get_context('forkserver') if sys.platform != 'win32' else None   # children of a clean process, not of one that has trained
+needs_fork = pytest.mark.skipif(fork is None, reason='no forkserver here')
+if fork: fork.set_forkserver_preload(['bdnb.cli', 'bdnb.scan', 'bdnb.train', 'bdnb.models.tiny', 'bdnb.defenses.bcu', 'open_clip',
+                                      'accelerate', 'webdataset', 'pyarrow.parquet'])
+ENDS = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
+
+
+def as_launched(rank, port):
+    "In a process of `start_two`: what torchrun would have said to it."
+    torch.set_num_threads(1)
+    os.environ.update(zip(ENDS, (str(rank), str(rank), '2', '2', '127.0.0.1', str(port))), ACCELERATE_USE_CPU='1')
+
+
+def start_two(work, *args):
+    "Run `work(rank, port, *args)` in two processes: their exit codes."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    pair = [fork.Process(target=work, args=(r, port, *args)) for r in (0, 1)]
+    for p in pair: p.start()
+    for p in pair: p.join(900)
+    return [p.exitcode for p in pair]
 
 
 def state(m): return {k: v.clone() for k, v in m.state_dict().items()}

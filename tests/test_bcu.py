@@ -1,16 +1,12 @@
 "BCU: what is reset and what is not, on every kind of network; and what happens to a run that cannot go well."
 import copy
-import os
-import socket
-import sys
-from multiprocessing import get_context
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from conftest import refused, same, state
+from conftest import as_launched, needs_fork, refused, same, start_two, state
 from bdnb.core import BdnbError
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.doors import open_corpus
@@ -21,9 +17,6 @@ from bdnb.models.classifiers import Classifier, classifier_logits, create_classi
 from bdnb.objectives.distill import Distillation, ask, drawn_view, kd_loss, temperature
 
 torch.set_num_threads(1)
-fork = get_context('forkserver') if sys.platform != 'win32' else None
-needs_fork = pytest.mark.skipif(fork is None, reason='no forkserver here')
-if fork: fork.set_forkserver_preload(['bdnb.defenses.bcu', 'accelerate'])
 NETS = {'resnet18': 8, 'preactresnet18': 8, 'vgg11': 8, 'vgg16': 8, 'wrn16': 16, 'vit': 32}
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
@@ -401,8 +394,7 @@ def test_options_are_checked_before_anything_is_done(pool, options, why):
 
 
 def one_of_two(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-                      MASTER_PORT=str(port), ACCELERATE_USE_CPU='1')
+    as_launched(rank, port)
     model, c = slim(), ShapeCaps(44)
     plain = BCU.agreement
     BCU.agreement = lambda *a: plain(*a) if rank == 0 else 0.              # each measures a student with its own statistics
@@ -419,12 +411,6 @@ def one_of_two(rank, port, folder):
 @needs_fork
 def test_two_processes_pick_one_scale(tmp_path):
     "The first process decides; the odd pictures at the end, which two cannot share, are left out of every epoch."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    pair = [fork.Process(target=one_of_two, args=(r, port, tmp_path)) for r in (0, 1)]
-    for p in pair: p.start()
-    for p in pair: p.join(900)
-    assert [p.exitcode for p in pair] == [0, 0]
+    assert start_two(one_of_two, tmp_path) == [0, 0]
     one, other = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in (0, 1))
     assert one['said'] == other['said'] and torch.equal(one['weights'], other['weights']) and one['said'][2:4] == [0., 1.]

@@ -7,14 +7,12 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from html.parser import HTMLParser
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from conftest import as_launched, fork, needs_fork, start_two
 import bdnb.defenses.findings as findings
 import bdnb.objectives.ssl as ssl
 import bdnb.ssl_study as ssl_study
@@ -41,9 +40,6 @@ from bdnb.models.encoders import Encoder, create_encoder, save_encoder
 from bdnb.scan import cell, scan_corpus
 
 torch.set_num_threads(1)
-fork = get_context('forkserver') if sys.platform != 'win32' else None
-needs_fork = pytest.mark.skipif(fork is None, reason='no forkserver here')
-if fork: fork.set_forkserver_preload(['bdnb.scan', 'bdnb.cli', 'accelerate', 'webdataset', 'pyarrow.parquet'])
 quick = FilterRecipe.quick(steps=40, models=2, batch=16)
 how = PoisonCAM(clusters=2, tests=20, look=20, search='all', filter=quick)
 
@@ -284,7 +280,6 @@ def test_an_interrupted_scan_keeps_what_it_has(tmp_path, tiny, monkeypatch):
 # Two processes
 
 
-ENDS = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
 
 
 def same(a, b):
@@ -298,8 +293,7 @@ def adaptive(): return PoisonCAM(clusters=3, tests=40, look=20, filter=quick, ba
 
 
 def one_of_two(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(zip(ENDS, (str(rank), str(rank), '2', '2', '127.0.0.1', str(port))), ACCELERATE_USE_CPU='1')
+    as_launched(rank, port)
     team, corpus = Team(cpu=True), FolderCorpus(folder/'pile')
     found = scan_corpus(corpus, red(), folder/f'two-{rank}', adaptive(), quiet=True, team=team)
     found.save(folder/f'found-{rank}.safetensors')
@@ -313,16 +307,6 @@ def one_of_two(rank, port, folder):
     try: scan_corpus(fewer, red(), folder/'two-0', adaptive(), quiet=True, team=team)
     except BdnbError as e: (folder/f'refused-{rank}.txt').write_text(str(e))
     team.close()
-
-
-def start_two(work, *args):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    pair = [fork.Process(target=work, args=(r, port, *args)) for r in (0, 1)]
-    for p in pair: p.start()
-    for p in pair: p.join(900)
-    return [p.exitcode for p in pair]
 
 
 @pytest.mark.slow
@@ -365,8 +349,7 @@ def trained(folder, out): return f"scan folder:{folder/'pile'} --train moco --cl
 
 
 def one_of_two_trains(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(zip(ENDS, (str(rank), str(rank), '2', '2', '127.0.0.1', str(port))), ACCELERATE_USE_CPU='1')
+    as_launched(rank, port)
     ssl_study.SSL_METHODS['mocov2'] = small_moco()
     sys.exit(main(trained(folder, 'two')))
 

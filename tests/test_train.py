@@ -6,17 +6,15 @@ import os
 import pickle
 import random
 import signal
-import socket
-import sys
 import time
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from conftest import as_launched, fork, needs_fork, start_two
 import bdnb.train as train
 from bdnb.core import BdnbError
 from bdnb.data.batches import Batches
@@ -29,9 +27,6 @@ from bdnb.objectives.ssl import SslRecipe, train_encoder
 from bdnb.train import fit, parameter_groups
 
 torch.set_num_threads(1)
-fork = get_context('forkserver') if sys.platform != 'win32' else None   # children of a clean process, not of one that has trained
-needs_fork = pytest.mark.skipif(fork is None, reason='no forkserver here')
-if fork: fork.set_forkserver_preload(['bdnb.train', 'bdnb.models.tiny', 'open_clip', 'accelerate'])
 
 
 def fresh(norm='group', dropout=0.):
@@ -458,8 +453,7 @@ def in_step(objective, optimizer, out=None, n=99):
 
 
 def one_of_two(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-                      MASTER_PORT=str(port), ACCELERATE_USE_CPU='1')
+    as_launched(rank, port)
     for k, case in enumerate(CASES):
         model, history = in_step(*case)
         torch.save(dict(weights=weights(model), rows=history.rows), folder/f'{k}-{rank}.pt')
@@ -474,13 +468,7 @@ def one_of_two(rank, port, folder):
 @needs_fork
 def test_two_processes_are_one(tmp_path):
     "Negatives from both processes, gradients through the exchange; and a run that two began can be ended by one."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    pair = [fork.Process(target=one_of_two, args=(r, port, tmp_path)) for r in (0, 1)]
-    for p in pair: p.start()
-    for p in pair: p.join(900)
-    assert [p.exitcode for p in pair] == [0, 0]
+    assert start_two(one_of_two, tmp_path) == [0, 0]
     for k, case in enumerate(CASES):
         first, second = (torch.load(tmp_path/f'{k}-{r}.pt', weights_only=True) for r in (0, 1))
         model, history = in_step(*case)
