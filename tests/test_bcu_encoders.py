@@ -16,7 +16,7 @@ from bdnb.defenses.bcu_encoders import EncoderBCU, bcu_for, cleanse_checkpoint, 
 from bdnb.models.build import create_model
 from bdnb.models.checkpoint import save_checkpoint
 from bdnb.models.classifiers import create_classifier, load_classifier, save_classifier
-from bdnb.models.encoders import ClipEncoder, create_encoder, encode, save_encoder
+from bdnb.models.encoders import create_encoder, encode, save_encoder
 from bdnb.objectives.distill import crop
 
 torch.set_num_threads(1)

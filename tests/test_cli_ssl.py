@@ -13,7 +13,7 @@ from bdnb.data.corpus import FolderCorpus
 from bdnb.data.doors import open_corpus
 from bdnb.defenses.findings import FOUND, Findings, attack_truth, judge_findings
 from bdnb.models.checkpoint import write_tensors
-from bdnb.models.encoders import create_encoder, encode, load_encoder, save_encoder
+from bdnb.models.encoders import encode, load_encoder, save_encoder
 
 PATCH = 'patch:pattern=10,size=9'
 

@@ -58,7 +58,9 @@ class EncoderBCU(BCU):
 
     def chance(self, teacher, corpus): return min(1., self.nearest(len(corpus))/max(1, len(corpus) - 1))
 
-    def nearest(self, n): return max(1, min(self.neighbours, (n - 1)//4))          # of few pictures all are neighbours
+    def nearest(self, n:int)->int:
+        "How many neighbours count among n pictures: `neighbours`, at most a quarter of the others, at least 1."
+        return max(1, min(self.neighbours, (n - 1)//4))
 
     def reset(self, model): return super().reset(ClipEncoder(model) if isinstance(model, ClipModel) else model)
 

@@ -12,7 +12,7 @@ __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'MOST', '
            'class_number']
 
 # %% ../../nbs/models/10_classifiers.ipynb #2c3956cf
-import re, warnings
+import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
