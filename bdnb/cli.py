@@ -45,6 +45,7 @@ def _reason(e):
     if isinstance(e, OSError) and errno.errorcode.get(e.errno) in _DISK_ERRORS:
         return f"{f'{e.filename}: ' if e.filename else ''}{e.strerror}", 2
     if type(e).__name__ == 'OutOfMemoryError': return 'the GPU has not enough memory for this; use a smaller --batch-size', 2
+    if isinstance(e, MemoryError) or "can't allocate memory" in str(e): return 'not enough memory; use a smaller --batch-size', 2
 
 def _usage(message):
     "Typer's complaint in one line, with the nearest command for a misspelt one."
@@ -64,6 +65,8 @@ def command_line()->str: # for the report
 def main(args:list=None)->int: # exit code; the arguments are the process's own by default
     "Run `bdnb` and report failures in one line on standard error."
     _ARGS[:] = [str(a) for a in (sys.argv[1:] if args is None else args)]
+    for stream in (sys.stdout, sys.stderr):                          # a terminal that cannot show a letter shows its number
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -499,7 +502,7 @@ def attack(corpus:_O.corpus, out:_needed(Path, '--out', '-o', help='A new folder
            select:_option(str, '--select', help='Mode ssl: label (default), random; by features: con, conp, conn, kmeans.')=None,
            encoder:_option(str, '--encoder', help='And the weights of the encoder whose features choose.')=None,
            clusters:_option(int, '--clusters', min=1, help='And how many classes there are, where labels do not tell.')=None,
-           size:_option(int, '--size', help='Side of the pictures; 224, or what the corpus has in memory.')=None,
+           size:_option(int, '--size', help='Side of the pictures, as the model reads them; 224, or what the corpus has.')=None,
            seed:_O.seed=0, quiet:_O.quiet=False):
     "Poison a corpus: writes PNG files, captions.csv, plan.json, ground_truth.json, boxes.csv and a report."
     options = dict(locals())
@@ -693,9 +696,9 @@ def _unlabelled(o):
     net = load_any(o['checkpoint'], **_described(o)).to(pick_device(o['device'], learns=True))
     refuse(o, 'test', 'an encoder names nothing to measure', isinstance(net, Encoder))
     refuse(o, 'target', _NO_TRIGGER, stamp is None and isinstance(net, Classifier))
-    defense, named = bcu_for(net, **options), lambda s: s if s is None or ':' in s else f'folder:{s}'
+    defense = bcu_for(net, **options)
     defense.check(net)
-    pool, others = (open_at(named(o[k]), net.image_size) for k in ('images', 'beside'))
+    pool, others = (open_at(o[k], net.image_size) for k in ('images', 'beside'))
     if defense.scale != 'auto' and len(pool) < 10: defense = replace(defense, held_out=0)          # nothing to spare
     held = open_at(o['test'], net.image_size)
     check_target(held, goal)
@@ -828,9 +831,19 @@ def _shares(option, text):
     try: return tuple(float(w) for w in text.split(','))
     except ValueError: raise BdnbError(f'{option} {text!r}: needs shares with commas between, such as .27,.36') from None
 
+_OF_SCANS = {'stages', 'encoder', 'scan.json', 'metrics.json', 'report.html', 'removed.txt', 'findings.csv', 'findings.parquet',
+             'kept.txt', 'kept.csv', 'kept.tsv'}
+
+def _is_scans(out):
+    "`BdnbError` for a folder that holds what no scan wrote, or only results and none of a scan's stages: they would be lost."
+    if out.exists() and not out.is_dir(): raise BdnbError(f'{out}: is a file; choose a new folder as --out')
+    held = {p.name for p in out.iterdir() if not p.name.startswith('.')} if out.exists() else set()
+    other = sorted(held - _OF_SCANS if held & {'stages', 'encoder'} else held)
+    if other: raise BdnbError(f'{out}: holds other files, as {other[0]}; choose a new folder as --out')
+
 def _usual_batch(size):
     "Pictures in one pass of a scan, so that a ResNet-18 needs some gigabytes at most."
-    return 512 if size <= 112 else max(16, 2**int(math.log2(512*(112/size)**2)))
+    return 512 if size <= 112 else 2**int(math.log2(512*(112/size)**2))
 
 # %% ../nbs/app/02_cli.ipynb #9f7be2c4
 @app.command()
@@ -870,8 +883,7 @@ def scan(corpus:_O.corpus, encoder:_option(str, '--encoder', help='Weights of th
     detector = PoisonCAM(seed=seed, **{k: v for k, v in given.items() if v is not None})
     pile = open_corpus(corpus)
     known = _truth(truth, pile)
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not any((out/n).exists() for n in ('stages', 'encoder'))):
-        raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
+    _is_scans(out)
     then = read_scan(out)
     if then.get('corpus') not in (None, corpus):
         raise BdnbError(f"{out}: holds the scan of {then['corpus']}; choose another folder as --out")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from .core import BdnbError, atomic_write, read_json, stamp, write_json
 from .data.corpus import ArrayCorpus, CsvCorpus, SubsetCorpus
-from .data.doors import parse_spec, write_keys, write_spec
+from .data.doors import at_home, parse_spec, write_keys, write_spec
 from .defenses.findings import COLUMNS, FOUND, Findings, contents
 from .defenses.poisoncam import PoisonCAM
 from .report import Html, page, png, tag
@@ -23,14 +23,14 @@ from .study import unlike
 def cell(value)->str:
     "A cell that a spreadsheet will not run: text that begins like a formula gets a quote before it."
     text = '' if value is None else f'{value:.6g}' if isinstance(value, float) else str(value)
-    risky = text and (text[0] in '=+@\t\r' or text[0] == '-' and not isinstance(value, (int, float)))
+    risky = text and (text[0] in '=+@\t\r\n\uff1d\uff0b\uff0d\uff20' or text[0] == '-' and not isinstance(value, (int, float)))
     return "'" + text if risky else text
 
 def write_findings(found:Findings, out):
     "findings.csv, findings.parquet (where pyarrow is installed), kept.txt, removed.txt; each whole or not at all."
     out, rows = Path(out), found.rows()
     with atomic_write(out/'findings.csv') as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-        w = csv.writer(f)
+        w = csv.writer(f, quoting=csv.QUOTE_ALL)                         # others separate cells at a semicolon
         w.writerow(COLUMNS)
         w.writerows([cell(r[c]) for c in COLUMNS] for r in rows)
     for name, keep in (('kept.txt', True), ('removed.txt', False)):
@@ -54,7 +54,7 @@ def write_clean(found:Findings, out, corpus, line:str=None)->str: # the line tha
     door, where, options = parse_spec(line) if line else (None, None, {})
     own = {o.name: options.pop(o.name) for o in door.own if o.name in options} if door else {}
     is_table = door is not None and door.kind in ('csv', 'tsv')
-    table = CsvCorpus(Path(where).expanduser(), **own) if is_table else None if door else _table_of(corpus)
+    table = CsvCorpus(at_home(where), **own) if is_table else None if door else _table_of(corpus)
     if table is None: return write_spec(door.kind, where, **own, **options | dict(keep=out/'kept.txt')) if door else None
     name = out/('kept.tsv' if table.path.suffix.lower() == '.tsv' else 'kept.csv')
     table.write_rows(name, keys)

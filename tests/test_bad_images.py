@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from bdnb.core import BdnbError
+from bdnb.data import images
 from bdnb.data.images import BadImage, MAX_PIXELS, _eight_bits, decode_image, load_image
 
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8)[None].repeat(16, 0)
@@ -211,3 +212,27 @@ def test_options_are_checked():
     for kw in (dict(size=0), dict(size=-4), dict(size=10**6), dict(size=8, fit='stretch')):
         with pytest.raises(BdnbError) as e: load_image(data, **kw)
         assert not isinstance(e.value, BadImage)
+
+
+def test_a_jpeg_of_many_scans_is_not_decoded():
+    "Each scan is a pass over the whole picture, and costs the file a few bytes."
+    whole = saved(Image.fromarray(RGB), 'JPEG', progressive=True)
+    last = whole.rindex(b'\xff\xda')
+    far(whole, RGB)
+    one_line('slow.jpg', whole[:-2] + whole[last:-2]*200 + whole[-2:], 'scans, at most 100')
+    plain = saved(Image.fromarray(RGB), 'JPEG')
+    split = 2**20 - 1 - plain.index(b'\xff\xda')                       # a marker across two blocks that are read
+    comments = b''.join(b'\xff\xfe' + struct.pack('>H', 2 + n) + bytes(n) for n in [60_000]*17 + [split - 4 - 17*60_004])
+    assert images._scans(io.BytesIO(plain[:2] + comments + plain[2:])) == 1
+
+
+def test_large_pictures_are_decoded_one_after_another(monkeypatch):
+    inside, most = [], []
+    class Watch:
+        def __enter__(self): inside.append(1); most.append(len(inside))
+        def __exit__(self, *e): inside.pop()
+    monkeypatch.setattr(images, '_large_lock', Watch())
+    monkeypatch.setattr(images, 'LARGE', 64*16 - 1)
+    decode_image(saved(Image.fromarray(RGB), 'PNG'))
+    decode_image(saved(Image.fromarray(RGB[:8]), 'PNG'))
+    assert most == [1] and not inside

@@ -165,6 +165,28 @@ def test_compressed_archive(tmp_path):
         for i in src.infolist(): dst.writestr(i.filename, src.read(i))
     refused(tmp_path/'b.pt', 'compressed')
 
+def test_members_that_overlap(tmp_path):
+    "One megabyte of a file may be listed a thousand times: each would be read as another tensor."
+    torch.save({f'{i}': torch.zeros(1000) + i for i in range(50)}, tmp_path/'a.pt')
+    data = bytearray((tmp_path/'a.pt').read_bytes())
+    with zipfile.ZipFile(tmp_path/'a.pt') as z: first = z.getinfo('a/data/0').header_offset
+    at = -1
+    while (at := data.find(b'PK\x01\x02', at + 1)) >= 0:
+        name = bytes(data[at + 46:at + 46 + int.from_bytes(data[at + 28:at + 30], 'little')])
+        if name.startswith(b'a/data/'):
+            data[at + 42:at + 46] = first.to_bytes(4, 'little')                         # all at the place of the first,
+            data[at + 20:at + 28] = (50_000).to_bytes(4, 'little')*2                    # and longer than they are
+    (tmp_path/'b.pt').write_bytes(data)
+    refused(tmp_path/'b.pt', 'overlap')
+    assert len(read_tensors(tmp_path/'a.pt')[0]) == 50
+
+@pytest.mark.parametrize('write', [lambda t, p: save_file(t, p/'a.safetensors'), lambda t, p: torch.save(t, p/'a.safetensors')])
+def test_a_million_names_are_not_compared(tmp_path, monkeypatch, write):
+    monkeypatch.setattr(checkpoint, 'MOST_TENSORS', 9)
+    write({f'{i}': torch.zeros(1) for i in range(10)}, tmp_path)
+    (tmp_path/'a.safetensors').rename(tmp_path/'a.bin')
+    refused(tmp_path/'a.bin', 'holds 10 tensors, at most 9')
+
 def test_torchscript(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

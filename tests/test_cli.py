@@ -585,6 +585,20 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert load_checkpoint('cleansed-clip.safetensors').name == load_checkpoint('clip.safetensors').name == 'tiny'
 
 
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_line(run, monkeypatch, tmp_path, error):
+    def fail(*a, **k): raise error
+    monkeypatch.setattr('bdnb.report.pictures_of_attack', fail)
+    fails(run(f"attack 'shapes:?n=64' {aim} --out {tmp_path}/o"), 'not enough memory', '--batch-size')
+
+
+def test_letters_that_a_terminal_lacks():
+    "Class names and dashes of tables, on a terminal of plain ASCII."
+    code = "from bdnb import cli; cli.app = lambda *a, **k: print('d\\u00f6g'); raise SystemExit(cli.main(['x']))"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, env=os.environ | dict(PYTHONIOENCODING='ascii'))
+    assert (done.returncode, done.stdout.strip()) == (0, b'd\\xf6g'), done.stderr
+
+
 def test_interrupt(run, monkeypatch, tmp_path):
     def stop(*a, **k): raise KeyboardInterrupt
     monkeypatch.setattr('bdnb.report.pictures_of_attack', stop)

@@ -103,6 +103,17 @@ def test_pictures_of_any_kind(files, run, tmp_path, name):
     assert code == 0 and ('1 samples were left out' in err) == (name == 'mixed') == ('cut.png' in err), err
 
 
+def test_pictures_of_a_table(files, run, tmp_path):
+    "A bare path is guessed as everywhere else; the table's labels are not read."
+    rows = [f'{p},0' for p in sorted((files/'pictures').rglob('*.png'))]
+    (tmp_path/'few.csv').write_text('\n'.join(['image,label', *rows]))
+    cure = f'cleanse {files}/model.safetensors --method bcu --scale 1 {quick}'
+    for name, images in (('a', tmp_path/'few.csv'), ('b', files/'pictures')):
+        code, _, err = run(f'{cure} --images {images} --out {tmp_path}/{name}')
+        assert code == 0, err
+    assert same(*(weights(tmp_path/n/'model.safetensors') for n in 'ab'))
+
+
 def test_what_a_state_dict_does_not_say_is_said(files, run, tmp_path):
     "Size and normalisation are taken as usual for the network, with a warning, unless the options say them."
     import torchvision

@@ -69,6 +69,27 @@ def test_folder_layouts(folder):
     assert flat.labels is None and flat.classes is None and len(flat) == 10
 
 
+def test_what_is_hidden_is_counted(folder):
+    "torchvision's ImageFolder reads such pictures: a trainer may have learned from what we do not look at."
+    whole = FolderCorpus(folder)
+    cls = whole.classes[0]
+    (folder/cls/'.cache').mkdir()
+    for name in ('.x.png', '.cache/y.png', '.DS_Store'): (folder/cls/name).write_bytes((folder/whole.keys[0]).read_bytes())
+    (folder/'.git').mkdir()
+    c = FolderCorpus(folder)
+    assert c.keys == whole.keys and [k for k, _ in c.skipped] == ['.git', f'{cls}/.cache', f'{cls}/.x.png']
+    assert all('hidden, not read' in why for _, why in c.skipped)
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    cls, real = FolderCorpus(folder).classes[0], os.scandir
+    def scandir(path):
+        if Path(path).name == cls: raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+        return real(path)
+    monkeypatch.setattr(os, 'scandir', scandir)
+    with pytest.raises(BdnbError, match=f'{cls}: cannot read the folder: Permission denied'): FolderCorpus(folder)
+
+
 def test_file_names_that_are_not_utf8(tmp_path):
     name = os.path.join(os.fsencode(tmp_path), b'caf\xe9.png')
     try: Image.new('RGB', (2, 2)).save(open(name, 'wb'), 'PNG')
@@ -119,6 +140,15 @@ def test_bad_tables(tmp_path):
     refused(lambda: table(tmp_path, 'image,caption\n0.png,' + 'x' * 200_000), 'pairs.csv line', 'field larger')
     refused(lambda: table(tmp_path, 'image,caption\n0.png,\n1.png, \n'), 'no usable rows of 2', 'row 2: 0.png: no caption')
     assert table(tmp_path, 'image,caption\n0.png,caf\xe9\n'.encode('latin-1'), encoding='latin-1').texts == ['caf\xe9']
+
+
+@pytest.mark.parametrize('end', ['', '\n'])
+def test_a_quote_that_is_never_closed_is_no_caption(tmp_path, end):
+    "Or it would swallow every row behind it without a word."
+    (tmp_path/'a.csv').write_text('image,caption\na.png,one\nb.png,"two\nc.png,three\nd.png,four' + end)
+    with pytest.raises(BdnbError, match=r'a.csv line \d: a quote is opened and never closed'): CsvCorpus(tmp_path/'a.csv')
+    (tmp_path/'b.csv').write_text('image,caption\na.png,"one\nline"\nb.png,"two"' + end)
+    assert CsvCorpus(tmp_path/'b.csv').texts == ['one line', 'two']
 
 
 def test_rows_are_skipped_and_recorded(tmp_path):

@@ -50,7 +50,8 @@ def complaint(spec, *words):
     ('torchvision:CIFAR10?download=perhaps', 'true or false'), ('torchvision:CIFAR10?root=gone', 'download=true'), ('pipe:ls', 'on this machine'),
     ('http://x/y.tar?n=3', 'on this machine'), ('wds:http://x/y.tar', 'only local files'), ('csv:http://x/y.csv', 'csv'), ('s3://bucket/x', 'on this machine'),
     ('a\0b', 'NUL'), ('wds:a\0b', 'NUL'), ('x' * 400, 'no such file'), ('folder:' + 'x' * 400, 'folder:xxx'), ('wds:' + 'x' * 400, 'xxx'),
-    ('~nobody-here/x', 'no such file'), ('folder:~nobody-here/x', 'no such folder')])
+    ('~nobody-here/x', 'no such file'), ('folder:~nobody-here/x', 'no such folder'),
+    ('shapes:?keep=~nobody-here/k.txt', 'keep=')])
 def test_bad_lines(tmp_path, monkeypatch, spec, words):
     monkeypatch.chdir(tmp_path)
     complaint(spec, words)

@@ -12,7 +12,7 @@ from torchvision.models import resnet18, resnet34
 from bdnb.core import BdnbError
 from bdnb.models.build import create_model, laid_out
 from bdnb.models.checkpoint import read_tensors, save_checkpoint
-from bdnb.models.encoders import (VITS, build_encoder_net, create_encoder, encoder_layout, list_encoders, load_encoder,
+from bdnb.models.encoders import (ClipEncoder, VITS, build_encoder_net, create_encoder, encoder_layout, list_encoders, load_encoder,
                                   save_encoder, strip_prefix, timm_kept)
 from bdnb.objectives.ssl import SslLearner
 
@@ -155,6 +155,16 @@ def test_what_a_file_does_not_say_is_said(tmp_path):
 def test_a_clip_says_its_own(tmp_path):
     save_checkpoint(create_model('tiny'), tmp_path/'clip.safetensors')
     refused(lambda: load_encoder(tmp_path/'clip.safetensors', image_size=64), 'clip.safetensors', 'its own image size')
+
+
+def test_a_published_clip_by_name(tmp_path):
+    "A state dict as CleanCLIP's authors publish: it has no header, and its image tower is an encoder."
+    clip = create_model('tiny')
+    torch.save({'state_dict': {f'module.{k}': v for k, v in clip.net.state_dict().items()}}, tmp_path/'clip.pt')
+    net = load_encoder(tmp_path/'clip.pt', 'tiny').eval()
+    x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad(): assert torch.equal(net(x), ClipEncoder(clip.eval())(x))
+    refused(lambda: load_encoder(tmp_path/'clip.pt'), 'clip.pt', "a CLIP's name")
 
 
 @pytest.mark.parametrize('large, small', [('efficientnet_b1', 'efficientnet_b0'), ('convnext_small', 'convnext_tiny')])
@@ -310,9 +320,9 @@ def test_encoders_of_timm_by_name(stranger, no_storage):
 
 
 def test_tables_of_an_encoder_that_are_not_saved_count(stranger, no_storage):
-    "At 4096 px LeViT has ten billion numbers in tables of positions, beside nine million weights, which all fit here."
-    shapes = {k: v.shape for k, v in encoder_layout('timm/levit_128s', None, 4096).state_dict().items()}
-    path = stranger(dict(kind='encoder', name='timm/levit_128s', image_size=4096),
+    "At 1024 px LeViT has fifty million numbers in tables of positions, beside seven million weights, which all fit here."
+    shapes = {k: v.shape for k, v in encoder_layout('timm/levit_128s', None, 1024).state_dict().items()}
+    path = stranger(dict(kind='encoder', name='timm/levit_128s', image_size=1024),
                     {k: torch.zeros(s, dtype=torch.int8) for k, s in shapes.items()})
     refused(lambda: load_encoder(path), str(path), 'name the right model and width')
 

@@ -1,5 +1,6 @@
 "The rivals with labels: what each may change, what each must refuse, and its formula against a slower one."
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -85,7 +86,15 @@ def test_classes_in_another_order_are_refused(clean):
     turned = clean._with(classes=list(reversed(clean.classes)), labels=len(clean.classes) - 1 - clean.labels)
     for use in (lambda c: FineTuneClassifier(**QUICK).cleanse(model, c, quiet=True), lambda c: evaluate_classifier(model, c)):
         with pytest.raises(BdnbError, match='give both in one order'): use(turned)
-    assert evaluate_classifier(model, clean)['ca'] >= 0
+    other = ['something else', *clean.classes[1:]]
+    moved = clean._with(classes=[other[1], other[0], *other[2:]])                       # another name, and one at another place
+    with pytest.raises(BdnbError, match='give both in one order'): evaluate_classifier(model, moved)
+    with pytest.warns(UserWarning, match="class 0 is 'something else'.*taken for the same"):
+        evaluate_classifier(model, clean._with(classes=other))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for names in (clean.classes, [f'class {i}' for i in range(len(other))]):          # the same, and nothing in common
+            assert evaluate_classifier(model, clean._with(classes=names))['ca'] >= 0
 
 
 def test_pruned_channels_stay_pruned(clean):

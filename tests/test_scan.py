@@ -31,7 +31,7 @@ from bdnb.data.corpus import ArrayCorpus, Corpus, CsvCorpus, FolderCorpus
 from bdnb.data.doors import open_corpus, read_keys, write_spec
 from bdnb.data.images import BadImage
 from bdnb.data.shards import write_shards
-from bdnb.defenses.findings import FOUND, NO_EVIDENCE, Findings, Scan, Team, contents, load_findings
+from bdnb.defenses.findings import COLUMNS, FOUND, NO_EVIDENCE, Findings, Scan, Team, contents, load_findings
 from bdnb.defenses.patchsearch import PatchSearch
 from bdnb.defenses.poisoncam import PoisonCAM, Search
 from bdnb.defenses.poisonfilter import FilterEnsemble, FilterRecipe
@@ -641,6 +641,16 @@ def test_empty_cells_are_empty():
     assert [cell(v) for v in (None, '', -1., '-1', '=1', 'a', True)] == ['', '', '-1', "'-1", "'=1", 'a', 'True']
 
 
+def test_a_key_is_one_cell_in_any_spreadsheet(tmp_path):
+    "Some separate cells at semicolons, and read full-width signs as plain ones."
+    keys = ['cat/x;=1+2;.png', '\uff1d1+2.png', '\n=1', *(f'{i:02d}' for i in range(57))]
+    pile = ArrayCorpus(torch.stack([*pictures()]), keys)
+    found = scan_corpus(pile, red(), tmp_path/'scan', how, quiet=True)
+    text = (tmp_path/'scan'/'findings.csv').read_bytes().decode()
+    assert '"cat/x;=1+2;.png"' in text and '"\'\uff1d1+2.png"' in text and '"\'\n=1"' in text
+    assert all(len(row) == len(COLUMNS) for row in csv.reader(text.splitlines(keepends=True))) and found.keys == keys
+
+
 def test_few_pictures_are_called_few(tmp_path):
     found = scan_corpus(ArrayCorpus(torch.stack([*pictures()])), red(), tmp_path/'scan', how, quiet=True)
     assert found.verdict == FOUND and '60 pictures are few' in found.evidence['warning'] and found.keep.any()
@@ -706,6 +716,31 @@ def test_a_scan_of_other_pictures_is_not_written_over(tmp_path, tiny):
     before = (tmp_path/'scan'/'findings.csv').read_bytes()
     code, _, err = run('scan', f'folder:{other}', *line)
     assert code == 2 and 'holds the scan of' in err and (tmp_path/'scan'/'findings.csv').read_bytes() == before, err
+
+
+def test_a_folder_with_other_files_is_not_a_scans(tmp_path, tiny):
+    "A project may have a folder of that name, and a metrics.json of its own."
+    pile, line = fill(tmp_path/'pile', 12, 0, broken=False), ('--encoder', tiny, '--clusters', 2, '-q')
+    for name, held in (('a', ('encoder/x.py', 'metrics.json', 'train.py')), ('b', ('metrics.json',)), ('c', ('report.html',))):
+        for f in held:
+            (tmp_path/name/f).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path/name/f).write_text('mine')
+        code, _, err = run('scan', f'folder:{pile}', '--out', tmp_path/name, *line)
+        assert code == 2 and 'holds other files' in err and err.count('\n') == 1, err
+        assert all((tmp_path/name/f).read_text() == 'mine' for f in held)
+    for _ in range(2):
+        code, _, err = run('scan', f'folder:{pile}', '--out', tmp_path/'d', *line)
+        assert code == 0, err
+        (tmp_path/'d'/'.DS_Store').write_text('')                                    # whoever looks into it leaves that
+
+
+def test_a_table_whose_name_begins_with_a_tilde(tmp_path, tiny, monkeypatch):
+    pile = fill(tmp_path/'pile', 12, 0, broken=False)
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{p},0" for p in sorted(pile.rglob('*.png'))]
+    (tmp_path/'~pairs.csv').write_text('\n'.join(['image,label', *rows]))
+    code, _, err = run('scan', 'csv:~pairs.csv', '--encoder', tiny, '--out', tmp_path/'scan', '--clusters', 2, '-q')
+    assert code == 0 and len(CsvCorpus(tmp_path/'scan'/'kept.csv')) == 12, err
 
 
 def test_a_finished_scan_is_not_written_over_by_other_options(tmp_path, tiny):

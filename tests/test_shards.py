@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -119,16 +120,26 @@ def test_links_and_devices_are_not_followed(tmp_path):
 
 @pytest.mark.parametrize('gz', [False, True])
 @pytest.mark.parametrize('blocks', [
-    [raw_header('a.png', base256(2**60))], [raw_header('a.png', base256(-1024))], [raw_header('a.png', b'77777777777')],
+    [raw_header('a.png', base256(2**60))], [raw_header('a.png', base256(-1024))], [raw_header('a.png', base256(-1))],
+    [raw_header('a.png', b'77777777777')],
     [raw_header('x', base256(2**40), b'x')], [raw_header('x', base256(2**40), b'L')], [raw_header('x', base256(-512), b'x')],
     [raw_header('x', b'%011o' % 60_000, b'x'), b'1' * 60_416], [raw_header('x', b'%011o' % 70_000, b'x'), b' ' * 70_144],
-    [raw_header('a.png', b'junk')], [b'garbage' * 100], [raw_header('x', b'00000000000', b'x')] * 5000], ids=range(11))
+    [raw_header('a.png', b'junk')], [b'garbage' * 100], [raw_header('x', b'00000000000', b'x')] * 5000], ids=range(12))
 def test_lying_headers(tmp_path, blocks, gz):
     "Sizes of an exabyte, steps backwards, headers that cost quadratic time, chains of headers: refused at once and by name."
     data = b''.join([*blocks, bytes(10240)])
     for first in [b'', pack(tmp_path/'ok.tar', pair('ok')).read_bytes()[:2048]]:      # two members, then the lie
         (tmp_path/'a.tar').write_bytes(gzip.compress(first + data) if gz else first + data)
         refused(tmp_path/'a.tar', 'a.tar')
+
+
+def test_long_names_cost_no_time(tmp_path):
+    "Names of 60,000 characters, with a folder in every second; split by a pattern, each would cost many seconds."
+    names = ['a/'*30_000 + 'b', 'a/'*30_000 + 'b.png', 'a/'*29_000 + 'c.d/.png', 'a.b/'*15_000 + 'e']
+    start = time.process_time()
+    c = ShardCorpus(pack(tmp_path/'a.tar', [*pair('ok'), *((n, png()) for n in names)]))
+    assert time.process_time() - start < 5
+    assert c.keys == ['ok'] and 'no caption' in c.skipped[0][1] and len(c.ignored['(no suffix)']) == 3
 
 
 def test_sparse_members(tmp_path):
@@ -231,6 +242,11 @@ def test_labels_of_both_kinds(tmp_path):
     assert c.labels.tolist() == [7] and c.classes is None and c.skipped[0][0] == 'b'
     (tmp_path/'classes.json').write_text('["only one"]')
     refused(tmp_path/'b.tar', 'classes.json', '1 names')
+
+
+def test_names_of_classes_come_once(tmp_path):
+    (tmp_path/'classes.json').write_text('["cat", "dog", "cat"]')
+    refused(pack(tmp_path/'a.tar', [*pair('a'), ('a.cls', b'1')]), 'classes.json', "'cat' comes twice")
 
 
 def test_order_and_keys(tmp_path):

@@ -10,6 +10,7 @@ __all__ = ['MAX_CAPTION', 'SUFFIXES', 'Sample', 'Corpus', 'SubsetCorpus', 'Array
 import copy, csv, os, re, shutil, tempfile, weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -321,17 +322,22 @@ Corpus.cache, Corpus._columns = _cache, _columns
 # %% ../../nbs/data/01_corpus.ipynb #33b1be9f
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
 
+def _is_picture(name): return name.lower().endswith(SUFFIXES)
+
+def _raise(error): raise error
+
 def _walk(folder):
-    "Picture files under a folder, sorted; links are followed, but into each folder only once."
-    found, seen = [], set()
-    for base, dirs, files in os.walk(folder, followlinks=True):
+    "Picture files under a folder, and what is hidden there, both sorted; links are followed, but into each folder only once."
+    found, hidden, seen = [], [], set()
+    for base, dirs, files in os.walk(folder, onerror=_raise, followlinks=True):
         here = os.stat(base)
         if (here.st_dev, here.st_ino) in seen:
             dirs.clear(); continue
         seen.add((here.st_dev, here.st_ino))
+        hidden += [Path(base, f) for f in [*dirs, *filter(_is_picture, files)] if f.startswith('.')]
         dirs[:] = sorted(d for d in dirs if not d.startswith('.'))
-        found += [Path(base, f) for f in files if not f.startswith('.') and f.lower().endswith(SUFFIXES)]
-    return sorted(found, key=lambda p: p.as_posix())
+        found += [Path(base, f) for f in files if not f.startswith('.') and _is_picture(f)]
+    return sorted(found, key=lambda p: p.as_posix()), sorted(hidden, key=lambda p: p.as_posix())
 
 def _key(path): return os.fsencode(path.as_posix()).decode('utf-8', 'backslashreplace')
 
@@ -344,11 +350,15 @@ class FolderCorpus(Corpus):
         if all((root/p).exists() for p in ('plan.json', 'ground_truth.json', 'images')):       # its report has pictures, too
             raise BdnbError(f'{path}: is what bdnb attack wrote; open folder:{path}/images, or csv:{path}/captions.csv')
         try:
-            top = sorted((p for p in root.iterdir() if not p.name.startswith('.')), key=lambda p: p.name)
+            everything = sorted(root.iterdir(), key=lambda p: p.name)
+            top = [p for p in everything if not p.name.startswith('.')]
             folders = [p for p in top if p.is_dir()]
-            loose = [p for p in top if p.name.lower().endswith(SUFFIXES) and not p.is_dir()]
-            inside = [_walk(p) for p in folders]
-        except OSError as e: raise BdnbError(f'{path}: cannot read the folder: {e.strerror}') from e
+            loose = [p for p in top if _is_picture(p.name) and not p.is_dir()]
+            walks = [_walk(p) for p in folders]
+        except OSError as e: raise BdnbError(f'{e.filename or path}: cannot read the folder: {e.strerror}') from e
+        inside = [found for found, _ in walks]
+        hidden = [p for p in everything if p.name.startswith('.') and (_is_picture(p.name) or p.is_dir())]
+        hidden += [p for _, h in walks for p in h]
         nested = any(inside)
         if loose and nested: raise BdnbError(f'{path}: pictures both directly in it and in its folders; use one or the other')
         if not loose and not nested: raise BdnbError(f'{path}: no pictures in this folder ({", ".join(SUFFIXES)})')
@@ -356,8 +366,9 @@ class FolderCorpus(Corpus):
         labels = None if loose else [y for y, paths in enumerate(inside) for _ in paths]
         empty = [] if loose else [p for p, paths in zip(folders, inside) if not paths]
         notes = [(_key(Path(p.name)), f'{p}: class folder without pictures') for p in empty]
+        skipped = [(_key(p.relative_to(root)), f'{p}: hidden, not read') for p in hidden]
         super().__init__([_key(p.relative_to(root)) for p in self.paths], labels, notes=notes, name=name or str(path),
-                         classes=None if loose else [_key(Path(p.name)) for p in folders])
+                         classes=None if loose else [_key(Path(p.name)) for p in folders], skipped=skipped)
     def _image(self, i, size=None, fit='crop'): return load_image(self.paths[i], size, fit)
 
 # %% ../../nbs/data/01_corpus.ipynb #783a56f1
@@ -375,6 +386,8 @@ def clean_caption(
 
 def _delimiter(path, first): return '\t' if path.suffix.lower() == '.tsv' or ('\t' in first and ',' not in first) else ','
 
+_LAST = ['end of the table']                # a row of its own, unless a quote is still open
+
 def read_rows(path:Path, # CSV or TSV
               encoding:str)->tuple: # header, rows: lists of cells
     "A table from a file. `BdnbError` names the file, and the line, that cannot be read or is empty."
@@ -382,8 +395,9 @@ def read_rows(path:Path, # CSV or TSV
         with path.open(newline='', encoding='utf-8-sig' if encoding.lower() in ('utf-8', 'utf8') else encoding) as f:
             first = f.readline()
             f.seek(0)
-            reader = csv.reader(f, delimiter=_delimiter(path, first))
+            reader = csv.reader(chain(f, _LAST), delimiter=_delimiter(path, first))
             rows = list(reader)
+        if rows.pop() != _LAST: raise csv.Error('a quote is opened and never closed, so all rows to the end are one')
     except FileNotFoundError: raise BdnbError(f'{path}: no such file') from None
     except OSError as e: raise BdnbError(f'{path}: cannot read: {e.strerror}') from e
     except LookupError: raise BdnbError(f'{path}: unknown encoding {encoding!r}') from None

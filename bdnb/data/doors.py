@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMON', 'DOORS', 'Option', 'write_keys', 'read_keys', 'keep_keys', 'read_classes', 'name_classes', 'Door',
-           'add_door', 'parse_spec', 'write_spec', 'open_corpus', 'list_corpora']
+           'add_door', 'at_home', 'parse_spec', 'write_spec', 'open_corpus', 'list_corpora']
 
 # %% ../../nbs/data/05_doors.ipynb #5974da5c
 import json, re
@@ -45,7 +45,7 @@ def _read_option(option, text, where):
         if not text: raise ValueError
         if option.type in _READ: return _READ[option.type](text)
         return words[words.index(text)]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RuntimeError):               # the last: ~ of nobody
         need = dict(count='a whole number, 1 or more', number='a whole number, 0 or more').get(option.type, ' or '.join(words))
         raise BdnbError(f'{where}: option {option.name}={text!r}: needs {need}') from None
 
@@ -187,6 +187,10 @@ def _exists(text):
     try: return Path(text).expanduser().exists()
     except (OSError, RuntimeError): return False          # a name too long for the disk, an unknown ~user
 
+def at_home(where:str)->str:
+    "A path with `~` as the home folder, where there is something of that name."
+    return str(Path(where).expanduser()) if where.startswith('~') and _exists(where) else where
+
 def _guess(text):
     "The door of a bare path, or None."
     path = Path(text).expanduser() if _exists(text) else Path(text)
@@ -249,7 +253,7 @@ def open_corpus(
     door, where, options = parse_spec(spec)
     own = {o.name for o in door.own}
     if 'fit' in options and 'size' not in options: raise BdnbError(f'{spec}: option fit needs a size')
-    if where.startswith('~') and _exists(where): where = str(Path(where).expanduser())
+    where = at_home(where)
     try: corpus = door.open(where, **{k: v for k, v in options.items() if k in own})
     except OSError as e: raise BdnbError(f'{spec}: cannot open: {e.strerror or e}') from e
     rest = {k: v for k, v in options.items() if k not in own}

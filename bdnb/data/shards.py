@@ -123,7 +123,7 @@ def _members(path):
             m = tar.next()
             tar.members.clear()
             if m is None: break
-            why = _refuse_name(m.name) or ('is a sparse file' if m.issparse() else None)
+            why = _refuse_name(m.name) or ('is a sparse file' if m.issparse() else 'has a negative size' if m.size < 0 else None)
             if why: raise BdnbError(f'{path}: refused: member {_printable(m.name)!r} {why}')
             yield m, r
         if r.last != bytes(512): raise tarfile.ReadError(f'no end-of-archive block at byte {tar.offset:,}')
@@ -179,8 +179,9 @@ _META = re.compile(r'__[^/]*__($|/)')
 
 def _suffix(name):
     "The key and lower-case suffix of a member's name, as WebDataset splits it: at the first dot of the file's name."
-    found = re.fullmatch(r'((?:.*/|)[^.]+)[.]([^/]*)', name, re.DOTALL)
-    return (found[1], found[2].lower()) if found else (None, None)
+    folder, _, file = name.rpartition('/')
+    stem, dot, suffix = file.partition('.')
+    return (name[:len(name) - len(suffix) - 1], suffix.lower()) if stem and dot else (None, None)
 
 def _files(path, ignored):
     "The members worth having as `{fname, data, __url__}`; a picture in a plain tar is given as `(offset, size)`."
@@ -252,6 +253,8 @@ def _read_classes(path, labels):
     names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise BdnbError(f'{path}: not a json list of class names')
+    again = next((n for n, k in Counter(names).items() if k > 1), None)
+    if again is not None: raise BdnbError(f'{path}: the class name {again!r} comes twice')
     if max(labels, default=0) >= len(names): raise BdnbError(f'{path}: {len(names)} names, but a label is {max(labels)}')
     return names
 

@@ -114,7 +114,7 @@ def cleanse_checkpoint(path, # of a classifier, an encoder or a CLIP
                       )->Recovered:
     "Load, cleanse on unlabelled pictures, save. `BdnbError` names the file, folder or option that is at fault."
     model = load_any(path, **(given or {}))
-    pool = open_corpus(str(images) if ':' in str(images) else f'folder:{images}')
+    pool = open_corpus(str(images))
     found = bcu_for(model, **{'held_out': .1, **options}).cleanse(model, pool, quiet=quiet, device=device)
     about = dict(method='bcu', scale=found.scale, agreement=found.agreement, pictures=len(pool), source=Path(path).name)
     save_any(found.model, out, **about)

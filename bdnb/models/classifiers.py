@@ -162,7 +162,7 @@ class ViT(nn.Module):
 CIFAR_MEAN, CIFAR_STD = (.4914, .4822, .4465), (.247, .243, .261)
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 
-MOST = dict(classes=100_000, width=4096, image_size=4096)
+MOST = dict(classes=100_000, width=4096, image_size=1024)        # a header with larger ones would fill memory and disk
 
 def check_sizes(name, **sizes): # of `MOST`; None is not looked at
     "`BdnbError` unless every size is a whole number from 1 to what is possible."
@@ -397,15 +397,17 @@ def evaluate_classifier(model:Classifier, corpus, # test pictures with labels
     return found | attack_success(classifier_logits(model, corpus, trigger, batch, quiet), labels, goal, name=corpus.name)
 
 def check_labels(model:Classifier, corpus): # with labels
-    "`BdnbError` for labels that the model does not have, or for its classes in another order, so that numbers mean others."
+    "`BdnbError` for labels that the model does not have, or a class at another place than its; a warning for other names."
     C = len(model.classes)
     if corpus.classes and len(corpus.classes) != C or max(corpus.labels) >= C or min(corpus.labels) < 0:
         raise BdnbError(f"{corpus.name}: has {len(corpus.classes or set(corpus.labels))} classes, model {model.name!r} has {C}")
     theirs, ours = list(map(str, corpus.classes or ())), list(map(str, model.classes))
-    if theirs != ours and sorted(theirs) == sorted(ours):
-        at = next(i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b)
-        raise BdnbError(f"{corpus.name}: its class {at} is {theirs[at]!r}, the model's is {ours[at]!r}: give both in one order; "
-                        "?classes=FILE after a folder names it, a class a line")
+    shared, other = set(theirs) & set(ours), [i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b]
+    say = lambda at: f"{corpus.name}: its class {at} is {theirs[at]!r}, the model's is {ours[at]!r}"
+    moved = next((i for i in other if theirs[i] in shared), None)
+    if moved is not None:
+        raise BdnbError(f"{say(moved)}: give both in one order; ?classes=FILE after a folder names it, a class a line")
+    if shared and other: warnings.warn(f"{say(other[0])}; they are taken for the same")
 
 def class_number(target, classes)->int:
     "The index of a class by its name."

@@ -293,7 +293,7 @@ def encoder_fields(path, header:dict, given:dict)->dict: # arguments of `create_
         raise BdnbError(f"{path}: holds a {header['kind']}, not an encoder")
     if not isinstance(fields.get('name'), str):
         raise BdnbError(f"{path}: does not say which architecture it is; name it (--model resnet18/small, or "
-                        "torchvision/resnet18 or timm/resnet18 for theirs)")
+                        "torchvision/resnet18 or timm/resnet18 for theirs, or a CLIP's name, as RN50)")
     usual = dict(width=None, image_size=32 if header else 224, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     if fields['name'].startswith('timm/'): usual |= usual_pictures(fields['name'])
     fields = usual | {k: v for k, v in fields.items() if v is not None}
@@ -309,7 +309,7 @@ def load_encoder(path, # .safetensors, or a published .pt
     timm's networks, with a warning. Of a student and its teacher the student is read: the one that learned from the pictures."""
     tensors, header = read_tensors(path)
     given = dict(name=name, width=width, image_size=image_size, mean=mean, std=std)
-    if header and header.get('kind') is None and (name is None or name in list_models()):
+    if header.get('kind') is None and (name in list_models() if name else header):
         if own := [k.replace('_', ' ') for k, v in given.items() if k != 'name' and v is not None]:
             raise BdnbError(f"{path}: holds a CLIP model, which has its own {own[0]}; leave it out")
         return ClipEncoder(load_checkpoint(path, name))
