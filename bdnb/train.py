@@ -12,6 +12,7 @@ import copy, hashlib, json, math, os, sys, time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 import torch
@@ -268,11 +269,12 @@ def apart():
 # %% ../nbs/objectives/10_train.ipynb #3923926c
 def _accelerator(precision, device):
     check_precision(precision, device)
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
     inside = torch.distributed.is_available() and torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=not inside)          # or the last call's precision and device would stay
-    acc = Accelerator(mixed_precision=precision, cpu=(device == 'cpu'))
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))            # the others wait while the first one measures
+    acc = Accelerator(mixed_precision=precision, cpu=(device == 'cpu'), kwargs_handlers=[patient])
     kind = acc.distributed_type.name
     if kind in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'): raise BdnbError(f"{kind} is not supported: use --multi_gpu or torchrun")
     return acc
@@ -291,14 +293,21 @@ def _share(batches, acc):
         raise BdnbError(f"the last batch of {len(b.corpus) % b.batch_size} does not divide by {w} processes; use drop_last=True")
     return b
 
+_FORWARDS = {'forward', '_original_forward'}
+
 @contextmanager
 def _restoring(model, device):
-    "Whatever happens inside, torch's random state and every submodule's mode are afterwards what they were."
-    modes = [(m, m.training) for m in model.modules()]
-    with torch.random.fork_rng(devices=[device.index or 0] if device.type == 'cuda' else []):
+    """Whatever happens inside, torch's random state and every submodule's mode are afterwards what they were.
+
+    Among several processes, Accelerate gives the model a `forward` of its own that computes in half precision; it goes away."""
+    modes, own = [(m, m.training) for m in model.modules()], {k: model.__dict__[k] for k in _FORWARDS & model.__dict__.keys()}
+    index = torch.cuda.current_device() if device.type == 'cuda' and device.index is None else device.index
+    with torch.random.fork_rng(devices=[index] if device.type == 'cuda' else []):
         try: yield
         finally:
             for m, mode in modes: m.training = mode
+            for k in _FORWARDS & model.__dict__.keys(): del model.__dict__[k]
+            model.__dict__.update(own)
 
 def _seed_step(acc, *parts):
     "torch's random state (dropout's) as a function of the run's seed, the step and the process."
@@ -393,6 +402,15 @@ def _plan(batches, epochs, steps, grad_accum, schedule, lr=1., log_every=1):
     return per_epoch, total
 
 # %% ../nbs/objectives/10_train.ipynb #5e8ee99b
+@contextmanager
+def _own_state():
+    "Accelerate keeps one device and one precision for all: whatever trains inside would leave its own behind."
+    from accelerate.state import AcceleratorState, PartialState
+    was = [(s._shared_state, dict(s._shared_state)) for s in (AcceleratorState, PartialState)]
+    try: yield
+    finally:
+        for now, before in was: now.clear(); now.update(before)
+
 @dataclass
 class _Run:
     "One call of `fit`."
@@ -413,7 +431,9 @@ class _Run:
                     (values, lr), step = self._step(epoch, part, step), step + 1
                     self.log.add(values, step, step == self.steps, epoch=epoch, lr=lr)
                     advance(f"loss {sum(values.values()):.3f}")
-                    if on_epoch and step % self.per_epoch == 0: on_epoch(bare(self.model), epoch); self.model.train()
+                    if on_epoch and step % self.per_epoch == 0:
+                        with _own_state(): on_epoch(bare(self.model), epoch)
+                        self.model.train()
                     if path and checkpoint_every and (step % checkpoint_every == 0 or step == self.steps): self._save(path, step)
         finally: self.log.close()
         self.opt.zero_grad()

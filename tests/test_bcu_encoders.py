@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from conftest import same, state
+from conftest import as_launched, needs_fork, same, start_two, state
 from bdnb.core import BdnbError, derive_seed
 from bdnb.data.batches import Batches
 from bdnb.data.corpus import ArrayCorpus
@@ -17,7 +17,7 @@ from bdnb.models.build import create_model
 from bdnb.models.checkpoint import save_checkpoint
 from bdnb.models.classifiers import create_classifier, load_classifier, save_classifier
 from bdnb.models.encoders import create_encoder, encode, save_encoder
-from bdnb.objectives.distill import crop
+from bdnb.objectives.distill import crop, relational_loss
 
 torch.set_num_threads(1)
 
@@ -77,6 +77,12 @@ def test_shares_that_the_user_names_are_not_multiplied():
     assert bcu_for(slim(), ratios=dict(stage4=.3), scale='auto').scale == 'auto'
 
 
+def test_relations_are_compared_in_float32():
+    z, t = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), torch.eye(8, 16)
+    with torch.autocast('cpu', torch.bfloat16): half = relational_loss(z, t)
+    assert half == relational_loss(z, t)
+
+
 def test_clip_keeps_its_text_tower(pool, tmp_path):
     clip = create_model('tiny', image_size=32)
     before = state(clip)
@@ -89,6 +95,25 @@ def test_clip_keeps_its_text_tower(pool, tmp_path):
     for kind in ('relational', 'softmax'):
         with pytest.raises(BdnbError, match="where the text tower looks: for a CLIP use 'cosine'"):
             EncoderBCU(kind=kind).cleanse(clip, pool, quiet=True)
+
+
+def one_of_two(rank, port, folder):
+    as_launched(rank, port)
+    clip, c = create_model('tiny', image_size=32), ShapeCaps(32)
+    EncoderBCU(scale=8., epochs=3, batch_size=16).cleanse(clip, ArrayCorpus(c.images, c.keys), quiet=True, device='cpu')
+    torch.save(state(clip), folder/f'{rank}.pt')
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@needs_fork
+def test_two_processes_cleanse_a_clip(tmp_path):
+    "Six steps: from the second on, each would wait for gradients of a text tower that nobody ran."
+    assert start_two(one_of_two, tmp_path) == [0, 0]
+    one, other = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in (0, 1))
+    learned = lambda w: {k: v for k, v in w.items() if 'running' not in k}               # statistics are of one's own pictures
+    assert same(learned(one), learned(other)) and not same(one, state(create_model('tiny', image_size=32)))
 
 
 @pytest.mark.parametrize('kind', ['cosine', 'relational', 'softmax'])

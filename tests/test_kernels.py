@@ -28,6 +28,19 @@ has_gpu = torch.cuda.is_available() and not INTERPRETED
 mean, std = (.485, .456, .406), (.229, .224, .225)
 
 
+def test_a_machine_that_cannot_build_kernels_says_so(monkeypatch):
+    "Triton without a C compiler: the references work, and the reason is said once."
+    class Broken:
+        def __getitem__(self, grid): raise RuntimeError('Failed to find C compiler.\nPlease specify via CC')
+    monkeypatch.setattr(cam, '_one_kernel', Broken(), raising=False)
+    with pytest.warns(UserWarning, match=r'no Triton kernel starts on cpu \(Failed to find C compiler\.\); PyTorch does the work'):
+        assert not cam._starts.__wrapped__(torch.device('cpu'))
+    class Gpu:
+        is_cuda, dtype, device = True, torch.float32, torch.device('cpu')
+    monkeypatch.setattr(cam, '_starts', lambda device: False)
+    assert not cam._on_kernel(Gpu())
+
+
 @pytest.fixture(params=['reference', 'kernel', 'gpu-reference', 'gpu-kernel'])
 def road(request, monkeypatch):
     "The device to run on, after choosing the body."
@@ -489,6 +502,11 @@ def test_update_over_many_blocks(road):
     a[::2] = 1
     got, add = kmeans._sums(x.to(road), a.to(road), 5).cpu(), lambda v: torch.zeros(5, 6, dtype=torch.float64).index_add_(0, a, v)
     assert ((got - add(x.double())).abs() <= 5e-6*add(x.double().abs())).all()      # roundings of 2**14 float32 additions, a walk
+
+
+def test_kernels_start(road):
+    if not cam._on_kernel(torch.zeros(1, device=road)): pytest.skip('the references are asked')
+    assert cam._starts.__wrapped__(road)
 
 
 def test_without_triton():

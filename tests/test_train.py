@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from conftest import as_launched, fork, needs_fork, start_two
@@ -23,7 +24,7 @@ from bdnb.data.shapes import ShapeCaps
 from bdnb.models.build import ClipModel
 from bdnb.models.tiny import tiny_clip
 from bdnb.objectives.contrastive import CleanClipObjective, ClipObjective
-from bdnb.objectives.ssl import SslRecipe, train_encoder
+from bdnb.objectives.ssl import SslObjective, SslRecipe, train_encoder
 from bdnb.train import fit, parameter_groups
 
 torch.set_num_threads(1)
@@ -436,6 +437,46 @@ def test_corpus_that_is_not_in_memory(tmp_path):
     c = run(stopped, on_disk, tmp_path/'.run')
     assert torch.equal(weights(cached), weights(read)) and torch.equal(weights(cached), weights(stopped))
     assert a.column('loss') == b.column('loss') == c.column('loss')
+
+
+def test_views_are_made_in_full_precision():
+    "In bfloat16 a place in a picture of 224 px is off by a quarter of a pixel."
+    seen = []
+    model = lambda *pair: seen.append(torch.stack(pair)) or {}
+    batch = next(iter(Batches(corpus(8), 8).epoch(0)))
+    with torch.autocast('cpu', torch.bfloat16): SslObjective()(model, batch)
+    SslObjective()(model, batch)
+    assert seen[0].dtype == torch.float32 and torch.equal(*seen)
+
+
+class Half:
+    "An objective that notes the precision of each of its steps."
+    def __init__(self): self.said = []
+    def __call__(self, model, batch):
+        self.said.append((torch.is_autocast_enabled('cpu'), AcceleratorState._shared_state.get('_mixed_precision')))
+        return {'loss': model(batch.images.float()).mean()}
+
+
+def test_a_hook_that_trains_leaves_the_run_as_it_was():
+    "Accelerate keeps device and precision for all in one place."
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.layer = nn.Linear(3*32*32, 2)
+        def forward(self, x): return self.layer(x.flatten(1))
+    inner, outer = Half(), Half()
+    batches = Batches(corpus(32), 16)
+    hook = lambda model, epoch: fit(Net(), inner, batches, epochs=1, device='cpu', quiet=True)
+    fit(Net(), outer, batches, epochs=3, precision='bf16', device='cpu', on_epoch=hook, quiet=True)
+    assert outer.said == [(True, 'bf16')]*6 and inner.said == [(False, 'no')]*6
+
+
+def test_a_forward_of_half_precision_goes_away():
+    "Accelerate puts one upon the model when several processes train."
+    model, own = nn.Linear(2, 2), nn.Linear(2, 2)
+    own.forward = mine = lambda x: x
+    for m in (model, own):
+        with train._restoring(m, torch.device('cpu')): m.forward = m._original_forward = lambda x: x.bfloat16()
+    assert not {'forward', '_original_forward'} & model.__dict__.keys() and model(torch.ones(1, 2)).dtype == torch.float32
+    assert own.forward is mine and '_original_forward' not in own.__dict__
 
 
 # Two processes

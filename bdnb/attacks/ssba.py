@@ -88,7 +88,7 @@ def learn_stego(seed:int=0, # of everything
                )->Stego: # in evaluation mode
     "Train the two networks on generated pictures."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed('ssba', seed))
+        torch.default_generator.manual_seed(derive_seed('ssba', seed))
         net = Stego()
     batches = Batches(ShapeCaps(n, size=size, seed=seed, split='ssba'), batch_size, seed=derive_seed('ssba', seed),
                       drop_last=n % batch_size == 1)                    # a message is said on two pictures

@@ -319,7 +319,7 @@ def train_input_aware(attack:SupervisedAttack, corpus:ArrayCorpus, arch='resnet1
     batches = batches_of(corpus, batch_size, attack.seed, whole=True)       # a rest of two cannot be attacked and crossed
     view, goal = VIEWS[augment], corpus.target_id(attack.target)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed('input-aware', attack.seed))
+        torch.default_generator.manual_seed(derive_seed('input-aware', attack.seed))
         painters = attack.trigger.build()
     shared = dict(lr=joint_lr, max_norm=1., seed=attack.seed, **options)
     fit(painters['mask'], MaskObjective(density, norm, div, view), batches, epochs=mask_epochs or max(1, epochs/6),

@@ -167,7 +167,7 @@ def fresh_network(model, seed:int=0)->nn.Module: # on the CPU
     if new is not None and shapes(new) == shapes(model.net): return new
     new = copy.deepcopy(model.net).cpu()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed('bcu fresh', seed))
+        torch.default_generator.manual_seed(derive_seed('bcu fresh', seed))
         for m in new.modules():
             again = getattr(m, 'reset_parameters', getattr(m, '_reset_parameters', None))
             if isinstance(m, LAYERS) and again: again()
@@ -326,7 +326,7 @@ def pick_scale(self:BCU, model, corpus, held, **options)->tuple: # (scale, probe
         probe, student = replace(self, scale=scale, epochs=max(self.probe*self.epochs, 1e-9)), copy.deepcopy(model)
         probe.distil(student, model, corpus, **options | dict(what=f'probe of scale {scale:g}'))
         return agreed(self.agreement(student, model, held), options.get('device'))
-    alone, chance = agrees(0.), self.chance(model, held)
+    alone, chance = agrees(0.), agreed(self.chance(model, held), options.get('device'))
     if alone <= chance:
         warnings.warn(f'distillation alone agrees with the model on {alone:.0%} of {len(held)} held-out pictures, a guess on '
                       f'{chance:.0%}: nothing can be measured, and the smallest scale is taken. Give more pictures or epochs.')

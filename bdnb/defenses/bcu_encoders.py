@@ -71,7 +71,7 @@ class EncoderBCU(BCU):
         "Reset and distil. Raises `BdnbError` for an empty pool, a network that cannot be routed, or a loss that is not finite."
         self.check(model)
         if not isinstance(model, ClipModel): return super().cleanse(model, corpus, **options)
-        with put_back(model): found = super().cleanse(ClipEncoder(model), corpus, **options)
+        with put_back(model): found = super().cleanse(ClipEncoder(model.requires_grad_(False)), corpus, **options)
         return replace(found, model=model)
 
 # %% ../../nbs/defenses/07_bcu_encoders.ipynb #de8aecd3

@@ -42,7 +42,7 @@ class FilterEnsemble(nn.Module):
         w, g = width, models
         self.models, self.width, self.image_size = models, width, image_size
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed('poison filter', seed))
+            torch.default_generator.manual_seed(derive_seed('poison filter', seed))
             self.stem, self.bn = nn.Conv2d(3, w*g, 3, 2, 1, bias=False), nn.BatchNorm2d(w*g)
             self.pool = nn.MaxPool2d(3, 2, 1) if image_size >= 64 else nn.Identity()
             sizes = (w, w, 1), (w, 2*w, 2), (2*w, 4*w, 2), (4*w, 8*w, 2)

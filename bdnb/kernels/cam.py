@@ -6,6 +6,8 @@
 __all__ = ['masked_views', 'assign', 'Votes', 'recluster_vote', 'best_windows']
 
 # %% ../../nbs/kernels/00_cam.ipynb #65442ba3
+import warnings
+from functools import lru_cache
 from typing import NamedTuple, Optional
 
 import torch
@@ -31,14 +33,32 @@ _TUNED = dict(                                       # tiles, warps and stages o
     weights=dict(BM=32, BV=64, num_warps=4),
     heat=dict(BB=64, BM=64, BN=128, num_warps=4, num_stages=2))
 
+if triton is not None:
+    @triton.jit
+    def _one_kernel(out): tl.store(out, 1.)
+
 def _interpreted(): return type(_views_kernel).__name__ == 'InterpretedFunction'
+
+@lru_cache
+def _starts(device)->bool:
+    "Does a kernel start there? Triton builds a part of itself first, with a C compiler and Python's headers. If not, a warning."
+    out = torch.zeros(1, device=device)
+    try:
+        with torch.cuda.device_of(out): _one_kernel[(1,)](out)
+        return True
+    except Exception as e:                             # whatever Triton, the compiler or the driver raise
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        warnings.warn(f"no Triton kernel starts on {device} ({why:.100}); PyTorch does the work, more slowly. Triton needs a C "
+                      "compiler and Python's headers")
+        return False
 
 def _on_kernel(
     *tensors, # all on one device
 )->bool:      # a Triton kernel (else the reference) takes them
     "Is there a kernel for these tensors?"
     if triton is None or any(t.dtype == torch.float64 for t in tensors): return False
-    return tensors[0].is_cuda or tensors[0].device.type == 'cpu' and _interpreted()
+    x = tensors[0]
+    return _starts(x.device) if x.is_cuda else x.device.type == 'cpu' and _interpreted()
 
 def _need(ok, name, why):
     if not ok: raise BdnbError(f'{name}: {why}')

@@ -303,7 +303,7 @@ def create_classifier(name:str='resnet18', # see `list_classifiers()`
     name, names = SHORT.get(name, name), class_names(classes)
     check_network(name, len(names), width, image_size)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed('classifier', seed))
+        torch.default_generator.manual_seed(derive_seed('classifier', seed))
         return Classifier(build_classifier_net(name, len(names), width, image_size), name, names, image_size, mean, std, width)
 
 # %% ../../nbs/models/10_classifiers.ipynb #73141fa2

@@ -104,6 +104,10 @@ class ClipEncoder(Encoder):
             dim = clip.encode_image(torch.zeros(1, 3, S, S, device=clip.device), normalize=False).shape[1]
         super().__init__(clip, clip.name, clip.image_size, dim, None, clip.mean, clip.std)
     def embed(self, x): return self.net.encode_image(x, normalize=False)
+    def requires_grad_(self, on:bool=True):
+        "Of the image tower alone: nothing here runs the text tower, and processes that train together wait for every gradient."
+        for p in self.net.image_parameters(): p.requires_grad_(on)
+        return self
 
 # %% ../../nbs/models/11_encoders.ipynb #7af607ba
 RESNETS = dict(resnet10=(1, 1, 1, 1), resnet18=(2, 2, 2, 2), resnet34=(3, 4, 6, 3))
@@ -188,7 +192,7 @@ def create_encoder(name:str='resnet18', # see `list_encoders()`; without a stem 
     "A freshly initialised encoder. Raises `BdnbError` for an unknown name, or a size that the architecture cannot read."
     encoder_layout(name, width, image_size)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed('encoder', seed))
+        torch.default_generator.manual_seed(derive_seed('encoder', seed))
         net = build_encoder_net(name, width, image_size)
     return Encoder(net, name, image_size, None, width, mean, std)
 

@@ -74,5 +74,5 @@ def tiny_clip(image_size:int=32, # side of the pictures, a multiple of 16
              ) -> TinyCLIP:
     "A freshly initialised tiny CLIP."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return TinyCLIP(image_size, width, norm=norm)

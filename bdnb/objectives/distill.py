@@ -112,10 +112,11 @@ def cosine_loss(student, teacher)->torch.Tensor: # two float [B, D] -> scalar
     return 1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=1).mean()
 
 def relational_loss(student, teacher)->torch.Tensor: # two float [B, D], B >= 2 -> scalar
-    "Mean squared difference of the cosines between different pictures. The widths may differ."
+    "Mean squared difference of the cosines between different pictures, in float32 whatever the autocast. The widths may differ."
     if len(student) < 2: raise BdnbError("relational distillation compares pictures: a batch needs two or more")
-    s, t = (F.normalize(z.float(), dim=1) for z in (student, teacher.detach()))
-    d = s@s.T - t@t.T
+    with torch.autocast(student.device.type, enabled=False):
+        s, t = (F.normalize(z.float(), dim=1) for z in (student, teacher.detach()))
+        d = s@s.T - t@t.T
     return (d - torch.diag(torch.diagonal(d))).square().sum()/(len(s)*(len(s) - 1))
 
 KINDS = ('cosine', 'relational', 'softmax')

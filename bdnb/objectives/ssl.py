@@ -73,7 +73,7 @@ class SslLearner(nn.Module):
         self.encoder, self.method, self.temperature, self.steps, self.late_queue = encoder, method, temperature, steps, late_queue
         self.momentum, self.momentum_end = momentum, momentum_end
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed('ssl heads', seed))
+            torch.default_generator.manual_seed(derive_seed('ssl heads', seed))
             self.projector, self.predictor = make_heads(method, encoder.dim, hidden, out, norm)
         if freeze_patch and encoder.patch: next(m for m in encoder.modules() if isinstance(m, nn.Conv2d)).requires_grad_(False)
         if method != 'simclr':
@@ -123,7 +123,9 @@ class SslObjective:
     def __call__(self, model, # `SslLearner`, wrapped or not
                  batch): # `Batch`
         "Returns {'ssl': scalar}."
-        return model(*self.views(batch.images, batch.generator('views'), rows=batch.rows))
+        with torch.autocast(batch.images.device.type, enabled=False):               # in half precision, places are off by pixels
+            pair = self.views(batch.images, batch.generator('views'), rows=batch.rows)
+        return model(*pair)
 
 @dataclass(frozen=True)
 class SslRecipe:
