@@ -252,18 +252,27 @@ def check_precision(precision:str, device:str=None): # 'cpu' to stay off an acce
 _LAUNCHED = 'LOCAL_RANK', 'WORLD_SIZE', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE'   # by these Accelerate knows
 
 @contextmanager
-def apart():
-    "Inside, `fit` trains in this process alone, though a launcher started several: the others need not take part."
+def _own_state():
+    "Accelerate keeps one device and one precision for all: whatever trains inside would leave its own behind."
     from accelerate.state import AcceleratorState, PartialState
-    groups = torch.distributed.GroupMember
-    world, groups.WORLD = groups.WORLD, None                                 # lightly's losses ask torch whether there are others
-    was, told = dict(PartialState._shared_state), {k: os.environ.pop(k) for k in _LAUNCHED if k in os.environ}
-    AcceleratorState._reset_state(reset_partial_state=True)
+    was = [(s._shared_state, dict(s._shared_state)) for s in (AcceleratorState, PartialState)]
     try: yield
     finally:
+        for now, before in was: now.clear(); now.update(before)
+
+@contextmanager
+def apart():
+    "Inside, `fit` trains in this process alone, though a launcher started several: the others need not take part."
+    from accelerate.state import AcceleratorState
+    groups = torch.distributed.GroupMember
+    world, groups.WORLD = groups.WORLD, None                                 # lightly's losses ask torch whether there are others
+    told = {k: os.environ.pop(k) for k in _LAUNCHED if k in os.environ}
+    try:
+        with _own_state():
+            AcceleratorState._reset_state(reset_partial_state=True)
+            yield
+    finally:
         groups.WORLD = world
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._shared_state.update(was)
         os.environ.update(told)
 
 # %% ../nbs/objectives/10_train.ipynb #3923926c
@@ -402,15 +411,6 @@ def _plan(batches, epochs, steps, grad_accum, schedule, lr=1., log_every=1):
     return per_epoch, total
 
 # %% ../nbs/objectives/10_train.ipynb #5e8ee99b
-@contextmanager
-def _own_state():
-    "Accelerate keeps one device and one precision for all: whatever trains inside would leave its own behind."
-    from accelerate.state import AcceleratorState, PartialState
-    was = [(s._shared_state, dict(s._shared_state)) for s in (AcceleratorState, PartialState)]
-    try: yield
-    finally:
-        for now, before in was: now.clear(); now.update(before)
-
 @dataclass
 class _Run:
     "One call of `fit`."
