@@ -123,7 +123,7 @@ class SslObjective:
     def __call__(self, model, # `SslLearner`, wrapped or not
                  batch): # `Batch`
         "Returns {'ssl': scalar}."
-        with torch.autocast(batch.images.device.type, enabled=False):               # in half precision, places are off by pixels
+        with torch.autocast(batch.images.device.type, enabled=False):               # in half precision, places are rounded
             pair = self.views(batch.images, batch.generator('views'), rows=batch.rows)
         return model(*pair)
 
