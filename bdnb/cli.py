@@ -92,6 +92,11 @@ def _ours(out):
     except BdnbError: return False
     return isinstance(said, dict) and {'run', 'stamp'} <= set(said)
 
+def _is_studys(out):
+    "`BdnbError` unless the folder is free, or holds a study."
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):
+        raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
+
 def check_out(
     out,                # the folder a run wants to write
     again:bool=True,    # go on with what is in it (--resume)
@@ -997,8 +1002,7 @@ def _ssl_tour(o):
     refuse(o, 'clean clean_n model precision', 'self-supervised victims have no such option')
     data, out = 'wallpapers' if o['data'] == 'shapes' else o['data'], o['out']
     _refuse_for_data(o, data == 'wallpapers')
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):
-        raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
+    _is_studys(out)
     with tidy(out): rows = ssl_tour(out, data, o['test'], None, attacks, systems, numbers, o['results'],
                                     study, None if name == 'wallpapers' else name, o['reference'], o['retrain'], o['quiet'])
     write_json(out/'config.json', describe_run('tour', f"{', '.join(attacks)} against {', '.join(systems) or 'nobody'}", o))
@@ -1025,8 +1029,7 @@ def _bcu_tour(o):
     if o['rate'] is not None: study = study.with_rate(wanted, o['rate'])
     systems, out = list(dict.fromkeys(['kd_only', *_names(o['only'])])), o['out']
     name = None if o['recipe'] == 'shapes' else o['recipe']                      # what the rows call the data
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):
-        raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
+    _is_studys(out)
     with tidy(out):
         rows = classifier_tour(out, o['data'], o['test'], wanted, systems, _whole_numbers('--seeds', o['seeds']),
                                [Pool(o['clean'])], o['results'], study, name, o['quiet'])
@@ -1080,8 +1083,7 @@ def tour(out:_option(Path, '--out', '-o', help='Folder for models, rows and repo
     if own: raise BdnbError(f'--only: {own[0]} has victims of its own; run it alone')
     if not wanted or not numbers: raise BdnbError('--attacks and --seeds: name at least one')
     if data != 'shapes' and not test: raise BdnbError('--data needs --test: a corpus to measure on')
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out/'study.json').exists()):
-        raise BdnbError(f'{out}: holds other files; choose a new folder as --out')
+    _is_studys(out)
     pictures = _tour_pictures(study, data, test, wanted, numbers[0])
     name = None if recipe == 'shapes' else recipe                       # what the rows call the data
     with tidy(out): rows = run_tour(out, data, test, clean, wanted, systems, numbers, results, study, name, quiet)

@@ -50,6 +50,13 @@ def as_launched(rank, port):
     os.environ.update(zip(ENDS, (str(rank), str(rank), '2', '2', '127.0.0.1', str(port))), ACCELERATE_USE_CPU='1')
 
 
+def leave_together():
+    "At the end of a process of `start_two`."
+    import torch.distributed as both
+    both.barrier()
+    both.destroy_process_group()
+
+
 def start_two(work, *args):
     "Run `work(rank, port, *args)` in two processes: their exit codes."
     with socket.socket() as s:

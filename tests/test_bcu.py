@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from conftest import as_launched, needs_fork, refused, same, start_two, state
+from conftest import as_launched, leave_together, needs_fork, refused, same, start_two, state
 from bdnb.core import BdnbError
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.doors import open_corpus
@@ -403,8 +403,7 @@ def one_of_two(rank, port, folder):
         model, ArrayCorpus(c.images, c.keys), quiet=True, device='cpu')
     parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.save(dict(weights=parameters, said=[done.scale, done.agreement, *sum(done.probes, ())]), folder/f'{rank}.pt')
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from conftest import as_launched, needs_fork, same, start_two, state
+from conftest import as_launched, leave_together, needs_fork, same, start_two, state
 from bdnb.core import BdnbError, derive_seed
 from bdnb.data.batches import Batches
 from bdnb.data.corpus import ArrayCorpus
@@ -102,8 +102,7 @@ def one_of_two(rank, port, folder):
     clip, c = create_model('tiny', image_size=32), ShapeCaps(32)
     EncoderBCU(scale=8., epochs=3, batch_size=16).cleanse(clip, ArrayCorpus(c.images, c.keys), quiet=True, device='cpu')
     torch.save(state(clip), folder/f'{rank}.pt')
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 @pytest.mark.slow

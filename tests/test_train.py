@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from conftest import as_launched, fork, needs_fork, start_two
+from conftest import as_launched, fork, leave_together, needs_fork, start_two
 import bdnb.train as train
 from bdnb.core import BdnbError
 from bdnb.data.batches import Batches
@@ -501,8 +501,7 @@ def one_of_two(rank, port, folder):
     assert torch.distributed.get_world_size() == 2 and torch.distributed.get_backend() == 'gloo'
     try: in_step(*CASES[3], out=folder/'run', n=3)
     except PowerCut: (folder/f'cut-{rank}').touch()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 @pytest.mark.slow
