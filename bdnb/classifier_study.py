@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CLASSIFIER_DEFENSES', 'CONTROLS', 'UNLABELLED', 'CLASSIFIER_RECIPES', 'TABLE_CLASSIFIER_ATTACKS', 'split_system',
            'ClassifierRecipe', 'make_classifier_recipe', 'classifier_data', 'Pool', 'pool_name', 'choose_n',
-           'fill_pool', 'make_victim', 'learn', 'learn_swiftly', 'ClassifierCase', 'check_tour', 'check_pools',
-           'classifier_tour', 'told', 'study_options', 'main']
+           'fill_pool', 'make_victim', 'learn', 'learn_swiftly', 'ClassifierCase', 'check_tour', 'check_rates',
+           'check_pools', 'classifier_tour', 'told', 'study_options', 'main']
 
 # %% ../nbs/app/03_classifier_study.ipynb #7ec3cafd
 import argparse, hashlib, re, time
@@ -24,7 +24,8 @@ from .data.shapes import ShapeCaps
 from .defenses.bcu import BCU
 from .defenses.rivals import ANP, NAD, FinePruning, FineTuneClassifier
 from .evaluate import trigger_seeds
-from .models.classifiers import ARCHITECTURES, SHORT, check_network, evaluate_classifier, load_classifier, save_classifier
+from .models.classifiers import (ARCHITECTURES, SHORT, check_network, create_classifier, evaluate_classifier,
+                                     load_classifier, save_classifier)
 from .objectives.classify import CrossEntropyObjective
 from .train import fit, run_device, settled_precision
 from .study import data_name, path_of, peak_bytes, row_stands, study_in, write_rows
@@ -59,7 +60,7 @@ class ClassifierRecipe:
     optimizer:str='adamw'        # of the victim's training; 'sgd': the published recipe, see `train_classifier`
     attacks:dict=field(default_factory=lambda: dict(blended=dict(alpha=.25)))   # attack -> its options; .2 does not take root
     n:int=4000                   # ShapeCaps: training pictures
-    pool_n:int=5000              # clean pictures for the cures
+    pool_n:int=5000              # clean pictures for the cures, held out of the others; 0: none, they get another corpus
     test_n:int=1200              # ShapeCaps: test pictures
     group:str=None               # regular expression whose group names what must not be split, e.g. a video track
     cure:dict=field(default_factory=lambda: dict(epochs=8, batch_size=32))                         # what all cures share
@@ -68,8 +69,9 @@ class ClassifierRecipe:
     precision:str='auto'         # bfloat16 where the machine is fast at it; or 'no', 'bf16', 'fp16'
 
     def with_rate(self, attacks, rate):
-        "The same recipe with another rate for these attacks."
-        return replace(self, attacks={**self.attacks, **{a: {**self.attacks.get(a, {}), 'rate': rate} for a in attacks}})
+        "The same recipe with another rate for these attacks: of the whole set, whatever theirs was a share of."
+        own = lambda a: {k: v for k, v in self.attacks.get(a, {}).items() if k != 'rate_of'}
+        return replace(self, attacks={**self.attacks, **{a: {**own(a), 'rate': rate} for a in attacks}})
 
     def defense(self, system, **options):
         "A cure with this recipe's settings; `options` come last. Unknown names and options raise `BdnbError`."
@@ -115,15 +117,16 @@ def make_classifier_recipe(name='shapes', **changes)->ClassifierRecipe:
 # %% ../nbs/app/03_classifier_study.ipynb #0d6d4028
 def classifier_data(data, # 'shapes', or a corpus specification of the training set
                     recipe:ClassifierRecipe, seed:int, test=None, # corpus specification; needed unless data is 'shapes'
-                   )->tuple: # (train, pool, test), in memory at the recipe's size
+                   )->tuple: # (train, pool, test), in memory at the recipe's size; the pool may be None
     "The three corpora of a study."
-    S = recipe.image_size
+    S, held = recipe.image_size, recipe.pool_n > 0
     if data == 'shapes':
         make = lambda n, split: ShapeCaps(n, S, seed, split)
-        return make(recipe.n, 'train'), make(recipe.pool_n, 'clean'), make(recipe.test_n, 'test')
+        return make(recipe.n, 'train'), make(recipe.pool_n, 'clean') if held else None, make(recipe.test_n, 'test')
     if test is None: raise BdnbError("this study needs a test set beside its data: test=SPEC (--test SPEC)")
     train, test = (open_corpus(s).cache(S) for s in (data, test))
-    if not 0 < recipe.pool_n < len(train):
+    if not held: return train, None, test
+    if recipe.pool_n >= len(train):
         raise BdnbError(f"{train.name}: pool_n={recipe.pool_n} does not leave anything of {len(train)} samples")
     pool, rest = train.split(recipe.pool_n/len(train), seed, recipe.group)
     return rest, pool, test
@@ -281,13 +284,25 @@ def check_tour(attacks, defenses, seeds, pools, recipe):
     for a in attacks: make_supervised_attack(a, recipe.target, **recipe.attacks.get(a, {}))
     check_names(recipe.attacks, SUPERVISED_ATTACKS, 'recipe: unknown attack')
     check_network(SHORT.get(recipe.arch, recipe.arch), 2, recipe.width, recipe.image_size)
+    net = create_classifier(recipe.arch, 2, recipe.width, recipe.image_size)
+    for d in cures: recipe.defense(d).check(net)
+    if not recipe.pool_n >= 0: raise BdnbError(f"recipe: pool_n={recipe.pool_n}: give a number of pictures, or 0")
     if recipe.augment not in VIEWS: raise BdnbError(f"recipe: augment={recipe.augment!r} must be True, 'crop' or False")
     labelled = [d for d in cures if split_system(d)[0] not in UNLABELLED]
     for p in pools:
+        if cures and not (recipe.pool_n or p.data): raise BdnbError("pool_n=0 holds nothing out: name a corpus for the cures")
         if not 0 <= p.poisoned < 1: raise BdnbError(f"pool: poisoned={p.poisoned}: give a share from 0 to below 1")
         if (p.data or p.beside) and labelled:
             raise BdnbError(f"pool {p.data or p.beside}: {labelled[0]} needs the victim's labels; without them: "
                             f"{', '.join(UNLABELLED)}")
+
+def check_rates(attacks, recipe, seed, corpora):
+    "The corpora. `BdnbError` for an attack on more pictures than there are, before any victim is trained."
+    train = labelled(corpora[0])
+    for a in attacks:
+        attack = make_supervised_attack(a, recipe.target, seed=seed, **recipe.attacks.get(a, {}))
+        if attack.tag == 'data_poisoning': attack.shares(train)
+    return corpora
 
 def check_pools(pools, opened):
     "`BdnbError` for a pool that has not so many pictures, before a victim is trained."
@@ -295,6 +310,7 @@ def check_pools(pools, opened):
         choose_n(p, open_corpus(p.data) if p.data else opened()[1])
         if p.beside: open_corpus(p.beside)
 
+# %% ../nbs/app/03_classifier_study.ipynb #c92a2450
 def classifier_tour(out, # folder for models, logs and rows; a finished row is never made again
                     data='shapes', # 'shapes', or a corpus specification of the training set
                     test=None, # corpus specification, needed unless data is 'shapes'
@@ -312,7 +328,8 @@ def classifier_tour(out, # folder for models, logs and rows; a finished row is n
     out, recipe, name, rows = Path(out), recipe or CLASSIFIER_RECIPES['shapes'], name or data_name(data), []
     check_tour(attacks, defenses, seeds, pools, recipe)
     settings = dict(recipe=asdict(recipe), data=data, test=test)
-    corpora = study_in(out, settings, lambda seed: classifier_data(data, recipe, seed, test))
+    checked = lambda seed: check_rates(attacks, recipe, seed, classifier_data(data, recipe, seed, test))
+    corpora = study_in(out, settings, checked)
     for seed in seeds:
         opened = corpora(seed)
         for attack in attacks:

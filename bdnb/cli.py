@@ -618,8 +618,8 @@ def _bcu_options(o):
     refuse(o, 'data warmup clip_weight inmodal_weight probe workers', "method 'bcu' has no such option")
     refuse(o, 'trigger target plan', _NO_TEST, o['test'] is None)
     given = {k: o[k] for k in _BCU_ONLY if o[k] is not None} | dict(precision=o['precision'], seed=o['seed'], held_out=.1)
-    if o['scale'] not in (None, 'auto'):
-        try: given['scale'] = float(o['scale'])
+    if o['scale'] is not None:
+        try: given['scale'] = 'auto' if o['scale'] == 'auto' else float(o['scale'])
         except ValueError: raise BdnbError(f"--scale {o['scale']!r}: needs a number, or auto") from None
     if o['ratios'] is not None: given['ratios'] = _ratios(o['ratios'])
     return given
@@ -690,7 +690,6 @@ def _show_scales(title, result):
 
 def _unlabelled(o):
     "`bdnb cleanse --method bcu`: a classifier, an encoder or a CLIP, and pictures that nobody named."
-    from dataclasses import replace
     from bdnb.defenses.bcu_encoders import bcu_for, load_any
     from bdnb.models.classifiers import Classifier
     from bdnb.models.encoders import Encoder
@@ -704,7 +703,7 @@ def _unlabelled(o):
     defense = bcu_for(net, **options)
     defense.check(net)
     pool, others = (open_at(o[k], net.image_size) for k in ('images', 'beside'))
-    if defense.scale != 'auto' and len(pool) < 10: defense = replace(defense, held_out=0)          # nothing to spare
+    defense = defense.sparing(len(pool))
     held = open_at(o['test'], net.image_size)
     check_target(held, goal)
     config = describe_run('cleanse', f"bcu on {Path(o['checkpoint']).name}", {**o, **vars(defense)}, pool)
@@ -814,6 +813,8 @@ def _encoder(checkpoint, train, network, pictures, out, quiet, seed, device, tea
     check_choice('--train', train, list(known))
     recipe, done = SSL_METHODS[known[train]], out/'encoder'/'encoder.safetensors'
     pile = pictures(recipe.image_size)
+    if len(pile) < recipe.batch_size:
+        raise BdnbError(f'--train: {len(pile)} pictures do not fill one batch of {recipe.batch_size}; give --encoder instead')
     made = dict(method=known[train], seed=seed, pictures=contents(pile.images, pile.keys))
     def learn():                                       # in one process: others would see other batch statistics
         if not done.exists():
@@ -1020,10 +1021,10 @@ def _bcu_tour(o):
     from bdnb.classifier_study import TABLE_CLASSIFIER_ATTACKS, Pool, classifier_tour, make_classifier_recipe
     check_learning(None, o['precision'])
     _refuse_for_data(o, o['data'] == 'shapes')
-    every = o['data'] == 'shapes' and o['clean'] is not None
-    refuse(o, 'clean_n', '--clean gives all its pictures to the cures; add n=... to it', every)
+    other = o['clean'] is not None                                                # so that nothing need be held out
+    refuse(o, 'clean_n', '--clean gives all its pictures to the cures; add n=... to it', other)
     asked = {**{k: o[k] for k in 'target n test_n epochs batch_size precision'.split()}, 'arch': o['model'],
-             'image_size': o['size'], 'pool_n': o['clean_n']}
+             'image_size': o['size'], 'pool_n': 0 if other else o['clean_n']}
     wanted = list(TABLE_CLASSIFIER_ATTACKS) if o['attacks'] == 'all' else _names(o['attacks'] or 'badnets,blended')
     study = make_classifier_recipe(o['recipe'], **{k: v for k, v in asked.items() if v is not None})
     if o['rate'] is not None: study = study.with_rate(wanted, o['rate'])

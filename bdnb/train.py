@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'PRECISIONS', 'cosine', 'official', 'constant', 'parameter_groups', 'make_optimizer',
            'digest', 'run_marks', 'run_device', 'History', 'fast_bf16', 'settled_precision', 'check_learner',
-           'check_precision', 'apart', 'fitting', 'agreed', 'fit', 'put_back']
+           'check_precision', 'apart', 'fitting', 'steps_of', 'agreed', 'fit', 'put_back']
 
 # %% ../nbs/objectives/10_train.ipynb #61cf7fae
 import copy, hashlib, json, math, os, sys, time
@@ -338,10 +338,15 @@ def _progress(steps, start, what, quiet):
 def fitting(corpus, batch_size:int, device:str=None, **options)->Batches: # options of `Batches`
     """Batches of at most the corpus for networks with batch statistics, in any number of processes.
 
-    The last one is dropped where it would be a single picture, or does not divide by the processes."""
+    The last one is dropped where it would be a single picture a process, or does not divide by the processes."""
     w = _accelerator('no', device).num_processes
     size = max(w, min(batch_size, len(corpus))//w*w)
-    return Batches(corpus, size, drop_last=len(corpus) % size == 1 or len(corpus) % size % w > 0, **options)
+    rest = len(corpus) % size
+    return Batches(corpus, size, drop_last=0 < rest <= w or rest % w > 0, **options)
+
+def steps_of(epochs:float, batches, options:dict)->int: # `options` of `fit`, of which `grad_accum` counts
+    "Optimiser steps of so many epochs."
+    return round(epochs*(len(batches)//max(1, options.get('grad_accum', 1))))
 
 def agreed(value, device:str=None):
     "The first process's value, in all of them: what decides how to go on must not differ."

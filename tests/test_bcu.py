@@ -384,7 +384,8 @@ def test_agreement_about_one_name_says_nothing(pool):
     (dict(epochs='two'), "epochs='two' must be a number"), (dict(optimizer='adam'), "did you mean 'adamw'"),
     (dict(crop_flip='flip'), 'crop_flip'), (dict(crop_flip=[1]), 'crop_flip'), (dict(schedule='x'), 'unknown schedule'),
     (dict(precision='fp8'), 'unknown precision'), (dict(as_released=True, ratios=dict(stem=.1)), 'exclude each other'),
-    (dict(ratios=dict(stem=2)), 'stem=2'), (dict(ratios=3), 'must name layers'), (dict(scale='auto', grid=(2., 1.)), 'ascending')])
+    (dict(ratios=dict(stem=2)), 'stem=2'), (dict(ratios=3), 'must name layers'), (dict(scale='auto', grid=(2., 1.)), 'ascending'),
+    (dict(scale='auto', held_out=0), 'held_out=0')])
 def test_options_are_checked_before_anything_is_done(pool, options, why):
     how, model = quick(**options), slim()
     before = state(model)
@@ -413,3 +414,19 @@ def test_two_processes_pick_one_scale(tmp_path):
     assert start_two(one_of_two, tmp_path) == [0, 0]
     one, other = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in (0, 1))
     assert one['said'] == other['said'] and torch.equal(one['weights'], other['weights']) and one['said'][2:4] == [0., 1.]
+
+
+def test_an_epoch_is_one_with_gradients_that_are_summed(pool):
+    assert quick(epochs=2, batch_size=6).cleanse(slim(), pool, quiet=True, device='cpu', grad_accum=3).history.last('step') == 2*2
+
+
+def test_a_cure_goes_on_where_the_teacher_computes_other_bits(pool, tmp_path, monkeypatch):
+    "As on another processor: teacher and pool say which run it is, not the last bits of what the one says of the other."
+    how, go = quick(epochs=2), dict(out=tmp_path, checkpoint_every=1, quiet=True, device='cpu')
+    class Stop(Exception): pass
+    def stop(model, epoch): raise Stop
+    with pytest.raises(Stop): how.cleanse(slim(), pool, on_epoch=stop, **go)
+    asked = BCU.answers
+    monkeypatch.setattr(BCU, 'answers', lambda *args: asked(*args) + 1e-6)
+    done = how.cleanse(slim(), pool, **go)
+    assert done.history.column('step') and (tmp_path/'checkpoint.pt').exists()

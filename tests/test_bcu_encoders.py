@@ -202,3 +202,14 @@ def test_classes_beside_an_encoder_are_refused_by_name(tmp_path):
     save_encoder(create_encoder('resnet10', 8), tmp_path/'encoder.safetensors')
     with pytest.raises(BdnbError, match=r"encoder\.safetensors.*--classes.*kind 'encoder'"):
         load_any(tmp_path/'encoder.safetensors', classes=10)
+
+
+def test_one_picture_has_no_neighbours(tmp_path):
+    "Of twelve pictures a tenth is one: with a given scale nothing is held out, without one it is said before anything is done."
+    c = ShapeCaps(12)
+    few, model = ArrayCorpus(c.images, c.keys, name='few'), create_encoder('resnet10', 8)
+    given = EncoderBCU(scale=4., epochs=1, held_out=.1).sparing(12)
+    assert given.held_out == 0 and given.cleanse(model, few, quiet=True, device='cpu').agreement is None
+    auto = EncoderBCU(scale='auto', epochs=1, held_out=.1).sparing(12)
+    with pytest.raises(BdnbError, match='few: 12 pictures are too few to hold out 10% of them'):
+        auto.cleanse(model, few, quiet=True, device='cpu')

@@ -301,3 +301,31 @@ def test_another_corpus_need_not_have_the_groups(tmp_path):
     assert case.defense('bcu', Pool()).group == '(.*)_[0-9]+' and case.defense('bcu', Pool('folder:x')).group is None
     assert case.defense('nad', Pool('folder:x')).epochs == 15
     assert case.defense('bcu', Pool(beside='folder:x')).group == '(.*)_[0-9]+'                 # measured on the study's own
+
+
+def test_an_automatic_scale_that_is_asked_for_beside_shares(files, run, tmp_path):
+    code, out, err = run(f'cleanse {files}/model.safetensors --method bcu --images {files}/pictures {quick} --scale auto '
+                         f'--ratios stage4=.3,head=.1 --out {tmp_path}/run')
+    said = read_json(tmp_path/'run'/'config.json')['options']
+    assert code == 0 and said['scale'] == 'auto' and 'probe of 0' in out, err
+
+
+def test_cures_with_a_corpus_of_their_own_leave_the_victim_all_of_its_own(run, tmp_path, monkeypatch):
+    import bdnb.classifier_study as study
+    recipe = study.make_classifier_recipe(width=4, cure=dict(epochs=1, batch_size=32))
+    monkeypatch.setitem(study.CLASSIFIER_RECIPES, 'shapes', recipe)
+    code, _, err = run(f'tour --only bcu --attacks badnets --data shapes:?n=96 --test {test} --clean shapes:?n=60&seed=5 '
+                       f'--epochs 1 --batch-size 32 -q --out {tmp_path}/t')
+    assert code == 0, err
+    truth = read_json(tmp_path/'t'/'badnets-seed0'/'attack.json')['shares']
+    assert truth['samples'] == 96 and read_json(tmp_path/'t'/'study.json')['recipe']['pool_n'] == 0
+
+
+def test_a_rate_that_is_too_large_is_refused_before_the_first_victim(run, tmp_path):
+    code, _, err = run(f'tour --only bcu --attacks badnets,sig --rate .2 --out {tmp_path}/t {small}')
+    assert code == 2 and err.count('\n') == 1 and 'at most' in err and not (tmp_path/'t').exists(), err
+
+
+def test_a_cure_that_does_not_fit_the_network_is_refused_before_the_first_victim(run, tmp_path):
+    code, _, err = run(f'tour --only bcu,anp --attacks badnets --model vit --out {tmp_path}/t {small}')
+    assert code == 2 and err.count('\n') == 1 and 'batch-normalised' in err and not (tmp_path/'t').exists(), err

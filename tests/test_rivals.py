@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import same, state
+from conftest import as_launched, leave_together, needs_fork, same, start_two, state
 from bdnb.core import BdnbError
 from bdnb.data.batches import Batches
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.shapes import ShapeCaps
 from bdnb.defenses.rivals import (ANP, NAD, AdversarialMasks, FinePruning, FineTuneClassifier, MaskedChannels, attention_map,
                                   head_of, sleepy_channels, stage_ends)
-from bdnb.models.classifiers import create_classifier, evaluate_classifier
+from bdnb.models.classifiers import Classifier, create_classifier, evaluate_classifier
 
 torch.set_num_threads(1)
 QUICK = dict(batch_size=16, epochs=1)
@@ -157,3 +157,33 @@ def test_masks_dim_the_gain_and_nothing_else():
         assert torch.allclose(masked(x, noise), by_hand(x), atol=1e-5)
     assert F.cross_entropy(masked(x, noise), torch.zeros(4, dtype=torch.int64)).requires_grad
     with pytest.raises(BdnbError, match='batch-normalised'): ANP(steps=1).cleanse(slim('vit', 32), ShapeCaps(20), quiet=True)
+
+
+def one_of_two(rank, port, folder):
+    as_launched(rank, port)
+    model, c = slim(), ShapeCaps(34)
+    ANP(steps=4, batch_size=16, threshold=.99).cleanse(model, c._with(texts=None, captions=None), quiet=True, device='cpu')
+    torch.save(state(model), folder/f'{rank}.pt')
+    leave_together()
+
+
+@pytest.mark.slow
+@needs_fork
+def test_two_processes_prune_alike(tmp_path):
+    "And the two pictures at the end, one for each, which have no batch statistics, are left out."
+    assert start_two(one_of_two, tmp_path) == [0, 0]
+    one, other = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in (0, 1))
+    assert same(one, other) and not same(one, state(slim()))
+
+
+def test_maps_are_looked_for_where_there_are_any(clean):
+    "MobileNet's last stage ends in a layer that answers with a vector; a perceptron has no map at all."
+    model = create_classifier('torchvision/mobilenet_v3_small', 12, image_size=32)
+    assert NAD(teacher_epochs=1, **QUICK).cleanse(model, clean, quiet=True, device='cpu').history.last('attention') > 0
+    flat = nn.Sequential(nn.Flatten(), *[nn.Linear(3*32*32, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12)])
+    with pytest.raises(BdnbError, match='flat: NAD compares attention maps'): NAD().check(Classifier(flat, 'flat', 12))
+
+
+@pytest.mark.parametrize('how', [FineTuneClassifier(epochs=2, batch_size=6), NAD(epochs=2, teacher_epochs=1, batch_size=6)])
+def test_an_epoch_is_one_with_gradients_that_are_summed(clean, how):
+    assert how.cleanse(slim(), clean, quiet=True, device='cpu', grad_accum=3).history.last('step') == 2*2

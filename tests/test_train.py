@@ -24,7 +24,7 @@ from bdnb.data.shapes import ShapeCaps
 from bdnb.models.build import ClipModel
 from bdnb.models.tiny import tiny_clip
 from bdnb.objectives.contrastive import CleanClipObjective, ClipObjective
-from bdnb.objectives.ssl import SslObjective, SslRecipe, train_encoder
+from bdnb.objectives.ssl import SslLearner, SslObjective, SslRecipe, train_encoder
 from bdnb.train import fit, parameter_groups
 
 torch.set_num_threads(1)
@@ -520,3 +520,37 @@ def test_two_processes_are_one(tmp_path):
     assert torch.load(tmp_path/'run/checkpoint.pt', weights_only=True)['step'] == 2
     alone, history = in_step(*CASES[3], out=tmp_path/'run')
     assert (weights(alone) - weights(model)).abs().max() < 1e-4 and history.column('step') == [2, 4, 5]
+
+
+def contrast(recipe): return train_encoder(ShapeCaps(16), recipe, quiet=True, device='cpu')[0]
+
+
+MOCO = SslRecipe('mocov2', 'vit_tiny', epochs=1, batch_size=8, queue=32, hidden=32, out=16, lr=.5)
+
+
+def contrast_of_two(rank, port, folder):
+    as_launched(rank, port)
+    torch.save(weights(contrast(MOCO)), folder/f'{rank}.pt')
+    leave_together()
+
+
+@pytest.mark.slow
+@needs_fork
+def test_two_processes_fill_one_queue(tmp_path):
+    "Also in the first training, whose learner is made before the processes know of each other."
+    assert start_two(contrast_of_two, tmp_path) == [0, 0]
+    one, other = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in (0, 1))
+    alone, start = weights(contrast(MOCO)), weights(MOCO.new_encoder(0))
+    assert torch.equal(one, other) and (one - alone).abs().max() < 1e-4 < .003 < (alone - start).abs().max()
+
+
+def test_moco_v3_has_other_heads_and_positions_for_a_transformer():
+    recipe = SslRecipe('mocov3', 'vit_tiny', hidden=32, out=16)
+    of = lambda e: SslLearner(e, 'mocov3', 32, 16)
+    layers = lambda m: sum(isinstance(x, torch.nn.Linear) for x in m.modules())
+    vit, net = of(recipe.new_encoder()), of(replace(recipe, encoder='resnet10', width=4).new_encoder())
+    assert [layers(m.projector) for m in (vit, net)] == [3, 2] and [layers(m.predictor) for m in (vit, net)] == [2, 2]
+    assert isinstance(vit.predictor.layers[-1], torch.nn.BatchNorm1d) and isinstance(net.predictor.layers[-1], torch.nn.Linear)
+    learned, trained = recipe.new_encoder(), contrast(replace(recipe, epochs=1, batch_size=8))
+    positions = lambda e: e.net.vit.encoder.pos_embedding
+    assert torch.equal(positions(learned), positions(trained)) and not positions(learned).requires_grad

@@ -188,12 +188,26 @@ class SupervisedAttack:
             share = dict(count=max(1, round(self.rate*int((corpus.labels == corpus.target_id(self.target)).sum()))))
         return Poisoning(self.trigger, self.target, **share, mode=self.mode, captions='keep', seed=self.seed)
 
-    def describe(self, corpus)->str:
-        "Two lines: the plan, and the shares that come out of it."
-        plan = self.plan(corpus := labelled(corpus))
-        noise = round(self.cover_ratio*choose_rows(plan, corpus)[1]['poisoned'])
-        more = f'; {noise:,} noise samples keep their labels' if noise else ''
-        return f'{self.name} ({self.tag}): {plan.describe(corpus)}{more}'
+# %% ../../nbs/attacks/10_supervised.ipynb #2c8d85fe
+def _describe(self:SupervisedAttack, corpus)->str:
+    "Two lines: the plan, and the shares that come out of it. One for an attacker who draws anew in every batch."
+    if self.tag == 'training_control':
+        return (f'{self.name} ({self.tag}): in every batch {self.rate:.4g} of the pictures (rounded, at least one), none of '
+                f"{self.target!r}, carry {self.trigger}; as many others carry somebody else's and keep their labels")
+    noise = self.shares(corpus := labelled(corpus))['cover']
+    more = f'; {noise:,} noise samples keep their labels' if noise else ''
+    return f'{self.name} ({self.tag}): {self.plan(corpus).describe(corpus)}{more}'
+
+def _shares(self:SupervisedAttack, corpus)->dict: # as `choose_rows` counts, and `cover`, the number of noise samples
+    "What the rate comes to in a corpus with labels. `BdnbError` where it asks for more pictures than there are."
+    found = choose_rows(self.plan(corpus), corpus)[1]
+    noise, free = round(self.cover_ratio*found['poisoned']), found['samples'] - found['poisoned']
+    if noise > free:
+        raise BdnbError(f'attack {self.name}: {noise:,} noise samples are more than the {free:,} that are not poisoned; '
+                        'lower the rate or cover_ratio')
+    return found | dict(cover=noise)
+
+SupervisedAttack.describe, SupervisedAttack.shares = _describe, _shares
 
 # %% ../../nbs/attacks/10_supervised.ipynb #d694c1a5
 def replaced(corpus:ArrayCorpus, images)->ArrayCorpus:
@@ -210,9 +224,6 @@ def harden(attack, corpus, model)->ArrayCorpus:
 def cover_rows(attack, mask)->np.ndarray: # int64, ascending
     "The noise samples: some of those that are not poisoned, of whatever class."
     free, n = np.flatnonzero(~mask), round(attack.cover_ratio*int(mask.sum()))
-    if n > len(free):
-        raise BdnbError(f'attack {attack.name}: {n:,} noise samples are more than the {len(free):,} that are not poisoned; '
-                        'lower the rate or cover_ratio')
     return np.sort(free[torch.randperm(len(free), generator=rng('cover', attack.seed)).numpy()[:n]])
 
 def add_cover(attack, poisoned:Poisoned)->Poisoned: # its pictures are changed in place
@@ -232,6 +243,7 @@ def _apply(self:SupervisedAttack,
     if self.tag != 'data_poisoning':
         raise BdnbError(f'attack {self.name}: it controls the training and has no poisoned set; use attack_classifier')
     corpus = labelled(corpus)
+    self.shares(corpus)                                                             # or a surrogate is trained for nothing
     if self.needs_surrogate:
         if surrogate is None: surrogate = train_surrogate(corpus, self.seed, **training)
         if (k := len(surrogate.classes)) != len(corpus.classes):

@@ -46,7 +46,10 @@ class EncoderBCU(BCU):
         if isinstance(model, ClipModel) and self.kind != 'cosine':
             raise BdnbError(f"kind='{self.kind}' may turn features away from where the text tower looks: for a CLIP use 'cosine'")
         self.check_options()
+        self.plan(model)
 
+    least_held = 2              # one picture has no neighbours
+    def plan(self, model): return super().plan(ClipEncoder(model) if isinstance(model, ClipModel) else model)
     def answers(self, teacher, corpus): return encode(teacher, corpus)
 
     def objective(self, teacher, corpus, known=None):
@@ -115,7 +118,7 @@ def cleanse_checkpoint(path, # of a classifier, an encoder or a CLIP
     "Load, cleanse on unlabelled pictures, save. `BdnbError` names the file, folder or option that is at fault."
     model = load_any(path, **(given or {}))
     pool = open_corpus(str(images))
-    found = bcu_for(model, **{'held_out': .1, **options}).cleanse(model, pool, quiet=quiet, device=device)
+    found = bcu_for(model, **{'held_out': .1, **options}).sparing(len(pool)).cleanse(model, pool, quiet=quiet, device=device)
     about = dict(method='bcu', scale=found.scale, agreement=found.agreement, pictures=len(pool), source=Path(path).name)
     save_any(found.model, out, **about)
     return found

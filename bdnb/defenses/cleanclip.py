@@ -16,7 +16,7 @@ from ..data.text import TextView
 from ..evaluate import accuracy, as_arrays, attack_success, measuring, target_quality, trigger_seeds
 from ..objectives.classify import CrossEntropyObjective, TowerClassifier, frozen, make_head
 from ..objectives.contrastive import ClipObjective, CleanClipObjective
-from ..train import History, fit, put_back, run_marks
+from ..train import History, fit, put_back, run_marks, steps_of
 
 # %% ../../nbs/defenses/01_cleanclip.ipynb #422880b3
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Finetuning:
     def learn(self, net, corpus, size, **options): # options go to `fit`
         "Train `net` by this recipe on pictures of side `size`: a `History`."
         batches = Batches(corpus, self.batch_size, seed=self.seed, size=size, workers=self.workers)
-        steps = round(self.epochs*(len(batches)//max(1, options.get('grad_accum', 1))))
+        steps = steps_of(self.epochs, batches, options)
         warmup = self.warmup if self.schedule == 'official' else min(self.warmup, steps//10)
         own = dict(steps=steps, lr=self.lr, warmup=warmup, weight_decay=self.weight_decay, schedule=self.schedule,
                    precision=self.precision, seed=self.seed, what=type(self).__name__)

@@ -4,29 +4,30 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'labelled_pictures', 'FineTuneClassifier', 'head_of', 'head_inputs', 'sleepy_channels', 'FinePruning',
-           'stage_ends', 'attention_map', 'Watch', 'AttentionDistillation', 'NAD', 'MaskedChannels', 'AdversarialMasks',
-           'ANP']
+           'stage_ends', 'mapped', 'attention_map', 'Watch', 'AttentionDistillation', 'NAD', 'MaskedChannels',
+           'AdversarialMasks', 'ANP']
 
 # %% ../../nbs/defenses/06_rivals.ipynb #8a404a9b
 import copy, time
 from dataclasses import dataclass
+from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from ..core import BdnbError
-from .bcu import route
+from .bcu import look_at_grey, route
 from .cleanclip import Cleansed
 from ..evaluate import accuracy, as_arrays
 from ..models.classifiers import Classifier, check_labels, classifier_logits
 from ..objectives.classify import CrossEntropyObjective, frozen
+from ..objectives.contrastive import bare
 from ..objectives.distill import drawn_view
-from ..train import check_learner, fit, fitting, put_back, run_device, run_marks
+from ..train import check_learner, fit, fitting, put_back, run_device, run_marks, steps_of
 
 # %% ../../nbs/defenses/06_rivals.ipynb #399a5761
 def labelled_pictures(model:Classifier, corpus, what:str): # an `ArrayCorpus` at the model's size
     "The pictures in memory. `BdnbError` without labels, or with labels that the model does not have."
-    if not isinstance(model, Classifier): raise BdnbError(f"{what} cleanses a Classifier, not a {type(model).__name__}")
     if corpus.labels is None: raise BdnbError(f"{corpus.name}: {what} needs labels, and it has none; BCU does without")
     if not len(corpus): raise BdnbError(f"{corpus.name}: the corpus is empty")
     check_labels(model, corpus)
@@ -46,6 +47,11 @@ class FineTuneClassifier:
     seed:int=0                  # of the order and of everything else
 
     def view(self): return drawn_view(self.crop_flip)
+    def check(self, model):
+        "`BdnbError` for what this cannot cleanse."
+        if not isinstance(model, Classifier):
+            raise BdnbError(f"{type(self).__name__} cleanses a Classifier, not a {type(model).__name__}")
+        self.check_options()
     def check_options(self):
         "`BdnbError` for options that make no sense, whatever the model."
         check_learner(self)
@@ -53,7 +59,7 @@ class FineTuneClassifier:
     def learn(self, model, corpus, objective, **options): # options go to `fit`
         "Train by this recipe: a `History`."
         batches = fitting(corpus, self.batch_size, options.get('device'), seed=self.seed, size=model.image_size)
-        steps = max(1, round(self.epochs*len(batches)))
+        steps = max(1, steps_of(self.epochs, batches, options))
         return fit(model, objective, batches, **dict(steps=steps, lr=self.lr, optimizer='sgd', momentum=self.momentum,
                    weight_decay=self.weight_decay, schedule=self.schedule, precision=self.precision, seed=self.seed,
                    what=type(self).__name__) | options)
@@ -67,6 +73,7 @@ class FineTuneClassifier:
                 **options, # more for `fit`, e.g. device, on_epoch
                ) -> Cleansed:
         "Cleanse `model`. Raises `BdnbError` for a corpus that is empty or has no labels, or for a loss that is not finite."
+        self.check(model)
         start, corpus = time.time(), labelled_pictures(model, corpus, type(self).__name__)
         marks = run_marks(self, model) if out else None
         with put_back(model):
@@ -109,6 +116,9 @@ def sleepy_channels(features, # float [N, F], what the head reads
 class FinePruning(FineTuneClassifier):
     "Prune sleeping channels, then fine-tune (arXiv 1805.12185)."
     tolerance:float=.1          # accuracy on the clean pictures that pruning may cost
+    def check(self, model):
+        super().check(model)
+        head_of(model)
     def cure(self, model, corpus, **options):
         head = head_of(model)
         own = lambda p: None if p is None else p.detach().cpu()
@@ -123,14 +133,23 @@ class FinePruning(FineTuneClassifier):
 
 # %% ../../nbs/defenses/06_rivals.ipynb #4a7d4c48
 def stage_ends(model:Classifier)->list: # names of modules, one a stage, in order
-    "The largest module around the last layer of each stage that holds no layer of another."
-    routed, ends = route(model), {}
+    """The largest module around the last layer of each stage that holds no layer of another and answers with a map.
+
+    `BdnbError` where nothing between the first layer and the last one does."""
+    routed, ends, around = route(model), {}, lambda n: list(accumulate(n.split('.'), '{}.{}'.format))
+    maps = mapped(model, {n for layer, _ in routed for n in around(layer)})
     for layer, stage in routed[1:-1]:
-        parts = layer.split('.')
-        names = ['.'.join(parts[:i + 1]) for i in range(len(parts))]
         pure = lambda n: all(s == stage for l, s in routed if l == n or l.startswith(f'{n}.'))
-        ends[stage] = next(n for n in names if pure(n))
+        if fits := [n for n in around(layer) if n in maps and pure(n)]: ends[stage] = fits[0]
+    if not ends: raise BdnbError(f"{model.name}: NAD compares attention maps, and inside this network there is none")
     return list(ends.values())
+
+def mapped(model:Classifier, names)->set: # of those names
+    "The modules that answer a grey picture with a map or with tokens."
+    watch = Watch(model.net, names)
+    try: look_at_grey(model)
+    finally: watch.close()
+    return {n for n, x in watch.seen.items() if getattr(x, 'ndim', 0) > 2}
 
 def attention_map(x, # [B, C, H, W], or [B, S, S, C], or tokens [B, N, D]
                   p:float=2.)->torch.Tensor: # [B, H*W] or [B, N], unit length
@@ -176,6 +195,9 @@ class NAD(FineTuneClassifier):
     teacher_epochs:float=10     # of fine-tuning, for the teacher
     betas:tuple=(500., 1000., 1000.) # weights of the last stages' maps
     power:float=2.              # of the maps
+    def check(self, model):
+        super().check(model)
+        stage_ends(model)
     def cure(self, model, corpus, out=None, checkpoint_every=None, **options):
         ends = stage_ends(model)[-len(self.betas):]
         teacher, recipe = copy.deepcopy(model), {f: getattr(self, f) for f in FineTuneClassifier.__dataclass_fields__}
@@ -215,16 +237,17 @@ class AdversarialMasks:
     view:object=None            # `(images, generator, rows=...) -> images`
     def __call__(self, model, batch): # `MaskedChannels`, `Batch` with labels
         "Returns {'natural': scalar, 'robust': scalar}, weighted."
+        masks = bare(model).masks
         with torch.no_grad():
-            for m in model.masks: m.clamp_(0, 1)
+            for m in masks: m.clamp_(0, 1)
         images = batch.images if self.view is None else self.view(batch.images, batch.generator('view'), rows=batch.rows)
         loss = lambda noise: F.cross_entropy(model(images, noise).float(), batch.labels)
         noise, draw = [], batch.generator('push')
-        for m in model.masks:
+        for m in masks:
             noise.append([((torch.rand(m.shape, generator=draw)*2 - 1)*self.eps).to(m.device).requires_grad_() for _ in range(2)])
         flat = [n for pair in noise for n in pair]
         for _ in range(self.steps):
-            with torch.enable_grad(): grads = torch.autograd.grad(loss(noise), flat)
+            with torch.enable_grad(): grads = torch.autograd.grad(2**10*loss(noise), flat)  # or they vanish in half precision
             with torch.no_grad():
                 for n, g in zip(flat, grads): n.add_(g.sign()*self.eps/self.steps).clamp_(-self.eps, self.eps)
         fixed = [[n.detach() for n in pair] for pair in noise]
@@ -244,6 +267,9 @@ class ANP(FineTuneClassifier):
     inner:int=1                 # steps of the adversary
     threshold:float=.2          # channels with a smaller mask are switched off
     tolerance:float=.1          # most accuracy that pruning may cost on the clean labelled pictures
+    def check(self, model):
+        super().check(model)
+        MaskedChannels(model)
     def cure(self, model, corpus, on_epoch=None, **options): # `on_epoch` sees the network before anything is pruned
         masked, stats = MaskedChannels(model), copy.deepcopy(model.state_dict())
         objective = AdversarialMasks(self.eps, self.alpha, self.inner, self.view())

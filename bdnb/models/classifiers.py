@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..core import BdnbError, derive_seed, did_you_mean, track
-from ..evaluate import accuracy, as_arrays, attack_success, measuring, target_quality, trigger_seeds
+from ..evaluate import (accuracy, as_arrays, attack_success, match_classes, measuring, target_quality,
+                              trigger_seeds)
 from .build import check_pictures, count_numbers, laid_out
 from .checkpoint import check_enough, check_normalisation, load_weights, read_tensors, short, write_tensors
 
@@ -399,15 +400,9 @@ def evaluate_classifier(model:Classifier, corpus, # test pictures with labels
 def check_labels(model:Classifier, corpus): # with labels
     "`BdnbError` for labels that the model does not have, or a class at another place than its; a warning for other names."
     C = len(model.classes)
-    if corpus.classes and len(corpus.classes) != C or max(corpus.labels) >= C or min(corpus.labels) < 0:
-        raise BdnbError(f"{corpus.name}: has {len(corpus.classes or set(corpus.labels))} classes, model {model.name!r} has {C}")
-    theirs, ours = list(map(str, corpus.classes or ())), list(map(str, model.classes))
-    shared, other = set(theirs) & set(ours), [i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b]
-    say = lambda at: f"{corpus.name}: its class {at} is {theirs[at]!r}, the model's is {ours[at]!r}"
-    moved = next((i for i in other if theirs[i] in shared), None)
-    if moved is not None:
-        raise BdnbError(f"{say(moved)}: give both in one order; ?classes=FILE after a folder names it, a class a line")
-    if shared and other: warnings.warn(f"{say(other[0])}; they are taken for the same")
+    if not corpus.classes and max(corpus.labels) >= C or min(corpus.labels) < 0:
+        raise BdnbError(f"{corpus.name}: has {len(set(corpus.labels))} classes, model {model.name!r} has {C}")
+    match_classes(corpus, model.classes, f'model {model.name!r}')
 
 def class_number(target, classes)->int:
     "The index of a class by its name."

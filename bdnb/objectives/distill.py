@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'kd_loss', 'temperature', 'crop_flip', 'crop', 'drawn_view',
            'cosine_loss', 'relational_loss', 'FeatureDistillation']
 
 # %% ../../nbs/objectives/02_distill.ipynb #49877afe
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -89,7 +89,7 @@ class Distillation:
     t_squared:bool=False        # multiply by T^2
     view:object=None            # `(images, generator, rows=...) -> images` for both, e.g. `crop_flip`; None: as they are
     half:bool=False             # the teacher computes in bfloat16
-    answers:object=None         # the teacher's logits for the whole pool, float [N, C]; then it is not asked again
+    answers:object=field(default=None, repr=False) # the teacher's logits for the whole pool, float [N, C]: it is not asked again
     def __post_init__(self):
         ramp_checks(self)
         if self.answers is not None and self.view is not None: raise BdnbError("known answers fit no augmented view: drop one")
