@@ -9,7 +9,7 @@ __all__ = ['VERDICTS', 'few_labels', 'neighbours', 'rates', 'evaluate_encoder', 
 import torch
 import torch.nn.functional as F
 from .core import BdnbError, rng
-from .evaluate import accuracy, as_arrays, linear_probe, trigger_seeds
+from .evaluate import accuracy, as_arrays, linear_probe, match_classes, trigger_seeds
 from .models.encoders import Encoder, encode
 
 # %% ../nbs/models/21_probe.ipynb #5d964891
@@ -68,11 +68,13 @@ def evaluate_encoder(encoder:Encoder,
                      batch:int=256, quiet:bool=True)->dict: # flat: `ca`, `asr@1%`, `knn50_ca`, ...
     """Linear probes and nearest neighbours. Keys without `@` are the probe with all labels.
 
-    The probe is the published head (SSL-Backdoor `moco/eval_linear.py`): features to unit length, centred and scaled, one linear
-    layer; trained by L-BFGS to its optimum instead of 40 epochs. Raises `BdnbError` for missing labels or an unknown target."""
+    The probe is near the published head (SSL-Backdoor `moco/eval_linear.py`): features to unit length, centred and scaled,
+    one linear layer. Ours is scaled by one number for all dimensions and trained to its optimum (`linear_probe`), not for 40
+    epochs. Raises `BdnbError` for missing labels, an unknown target, or classes of `test` other than those of `train`."""
     train, test = (as_arrays(c, encoder.image_size, quiet) for c in (train, test))
     for c in (train, test):
         if c.labels is None: raise BdnbError(f"{c.name}: a probe needs labels, and it has none")
+    if train.classes: match_classes(test, train.classes, train.name)
     goal = None if target is None else train.target_id(target)
     classes = len(train.classes) if train.classes else int(max(train.labels.max(), test.labels.max())) + 1
     if trigger is not None and goal is None: raise BdnbError("an attack is measured with both a trigger and a target")

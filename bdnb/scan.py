@@ -99,7 +99,8 @@ def stopping(evidence)->Html:
     "What scoring that stops early may have missed."
     chance, how = evidence.get('miss_bound'), evidence.get('settings', {})
     if not chance: return Html('')
-    return tag('p', f"Scoring stops early: a crop that moves {how['pass_above']} or fewer of the first {how['look']} pictures is "
+    first = min(how['look'], how.get('confirm') or how['look'])
+    return tag('p', f"Scoring stops early: a crop that moves {how['pass_above']} or fewer of the first {first} pictures is "
                     "shown to no more. One that would just reach the bar is lost so with a probability of "
                     f"{chance:.0%}; stronger ones seldom.")
 

@@ -73,7 +73,8 @@ def make_ssl_study(name='wallpapers', **changes)->SslStudy:
     outer, inner = SslStudy.__dataclass_fields__, SslRecipe.__dataclass_fields__
     check_names(changes, [*outer, *inner], 'a recipe has no field')
     ssl = replace(study.ssl, **{k: v for k, v in changes.items() if k in inner})
-    if 'rate' in changes: changes.setdefault('class_rate', None)
+    for one, other in (('rate', 'class_rate'), ('class_rate', 'rate')):
+        if changes.get(one) is not None: changes.setdefault(other, None)
     return replace(study, **({k: v for k, v in changes.items() if k in outer and k not in inner} | dict(ssl=ssl)))
 
 def ssl_plan(attack:str, study:SslStudy, seed:int=0)->SslPoisoning:

@@ -569,3 +569,56 @@ def test_a_small_pile_in_which_most_pictures_reach_the_bar_is_scanned():
     "Crops for the classifier are at most a quarter of the pile, or nothing would be left to paste them on."
     found = scan(pile(n=12, every=2)[0], evidence=.001, witnesses=1, tests=12, look=12)
     assert found.evidence['looks'][0]['reached'] > 3 and not found.probability.isnan().any()
+
+
+def test_where_no_random_mask_was_is_neither_hot_nor_cold():
+    "With what windows say alone all heat is below zero, and nothing would be hotter than what nobody asked about."
+    search, rows, _ = searching(masks='random', count=12)
+    with torch.no_grad(): found, seen = search.locate(rows[:8]), search.bank.any(0)
+    assert not seen.all() and (found.heat[:, seen].amax(1) < 0).any()
+    middle = found.heat[:, seen].mean(1, keepdim=True).expand(-1, int((~seen).sum()))
+    torch.testing.assert_close(found.heat[:, ~seen], middle)
+
+
+def test_what_is_proven_is_not_taken_for_clean(monkeypatch):
+    "However much there is of it: a fifth of this pile."
+    trained, (corpus, truth, _) = [], pile(every=5)
+    def train(images, clean, crops, validation, *args, **options):
+        trained.append((clean, validation))
+        raise KeyboardInterrupt
+    monkeypatch.setattr('bdnb.defenses.poisoncam.train_filter', train)
+    with pytest.raises(KeyboardInterrupt): scan(corpus)
+    clean, (poisoned, negative) = trained[0]
+    assert not truth[clean].any() and truth[poisoned].all() and not truth[negative].any() and len(clean) > 100
+
+
+def test_equals_do_not_come_in_the_folders_order():
+    search, *_ = searching()
+    score = torch.zeros(search.n)
+    score[[5, 9]] = torch.tensor([.5, .7])
+    order = search.ranking(score)
+    assert order[:2].tolist() == [9, 5] and order.sort().values.tolist() == list(range(search.n))
+    assert order[2:].tolist() != sorted(order[2:].tolist()) and torch.equal(order, search.ranking(score))
+
+
+def test_features_that_are_lost_under_a_mask_are_said(monkeypatch):
+    search, *_ = searching()
+    plain = masked_features
+    def lost(*args, **options):
+        z = plain(*args, **options)
+        z[-1] = float('nan')
+        return z
+    monkeypatch.setattr('bdnb.defenses.poisoncam.masked_features', lost)
+    with pytest.raises(BdnbError, match=f'not finite for {search.pictures.keys[3]} under a mask'): search.locate(torch.tensor([1, 3]))
+
+
+def test_views_with_as_many_tokens_share_a_pass(monkeypatch):
+    vit, sizes = create_encoder('vit_tiny/8', image_size=32).eval(), []
+    images, bank = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), mask_bank(32, 12, 6)
+    plain = vit.embed_tokens
+    monkeypatch.setattr(vit, 'embed_tokens', lambda x, keep: (sizes.append(keep.shape), plain(x, keep))[1])
+    with torch.no_grad():
+        z = masked_features(vit, images, bank, drop=True)
+        assert sum(n for n, _ in sizes) == 2*len(bank) and len(sizes) == len({k for _, k in sizes}) < len(bank)
+        one = masked_features(vit, images[1:], bank[7:8], drop=True)[0]
+    torch.testing.assert_close(z[len(bank) + 7], one, atol=1e-5, rtol=1e-4)

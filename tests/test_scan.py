@@ -834,7 +834,11 @@ def test_nothing_is_trained_beside_the_scan_of_another_encoder(tmp_path, tiny, m
     code, _, err = command('--train', 'moco')
     assert code == 2 and 'holds a scan with another encoder than --train would make' in err and err.count('\n') == 1, err
     assert {p.name for p in (tmp_path/'scan').rglob('*')} == before
-    with pytest.raises(AssertionError, match='it trains'): run('scan', f'folder:{pile}', '--out', tmp_path/'new', '--train', 'moco', '-q')
+    alone = 'scan', f'folder:{pile}', '--out', tmp_path/'new', '--train', 'moco', '-q'
+    code, _, err = run(*alone)
+    assert code == 2 and '--train: 12 pictures do not fill one batch of 64' in err and '--encoder' in err, err
+    fill(pile, 64, 0, broken=False)
+    with pytest.raises(AssertionError, match='it trains'): run(*alone)
 
 
 SAID = dict(kind='findings', keys=['a', 'b', 'c'], verdict=FOUND, evidence=dict(acquitted=0))
@@ -865,3 +869,9 @@ def test_small_piles_have_clusters_too(n, k):
     "With two clusters any odd crop moves the pictures between them."
     pile = ArrayCorpus(torch.zeros(n, 3, 32, 32, dtype=torch.uint8))
     assert Search(PoisonCAM(), pile, red(), Scan(None, quiet=True), torch.device('cpu')).k == k
+
+
+def test_several_machines_are_refused(monkeypatch):
+    from bdnb.defenses.findings import Team
+    for k, v in dict(WORLD_SIZE='4', LOCAL_WORLD_SIZE='2').items(): monkeypatch.setenv(k, v)
+    with pytest.raises(BdnbError, match='4 processes, 2 of them on this machine: a scan runs on one'): Team(cpu=True)

@@ -7,7 +7,7 @@ __all__ = ['NO_EVIDENCE', 'FOUND', 'COLUMNS', 'EVERY', 'Findings', 'scan_quality
            'erase_windows', 'load_findings', 'contents', 'alone', 'Clock', 'say_time', 'Bar', 'Scan', 'Journal', 'Team']
 
 # %% ../../nbs/defenses/00_findings.ipynb #b34c4a01
-import hashlib, json, shutil, sys, time, weakref
+import hashlib, json, os, shutil, sys, time, weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -449,6 +449,11 @@ class Team:
     Pieces are dealt round by round, and what each process found goes to all of them. An error in one ends all."""
     def __init__(self, cpu:bool=False): # stay off the GPUs
         from accelerate import PartialState
+        all_in_all = int(os.environ.get('WORLD_SIZE') or 1)
+        here = int(os.environ.get('LOCAL_WORLD_SIZE') or all_in_all)
+        if here < all_in_all:
+            raise BdnbError(f'{all_in_all} processes, {here} of them on this machine: a scan runs on one machine, where they '
+                            'share the decoded pictures')
         with _together():
             PartialState(cpu=cpu or not torch.cuda.is_available())
             self.dist = torch.distributed

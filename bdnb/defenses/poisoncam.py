@@ -91,9 +91,11 @@ def dropped_features(encoder, images, masks, pairs, batch:int=512)->torch.Tensor
     "Features of the patches that masks leave. `BdnbError` as `kept_tokens` raises it."
     kept = kept_tokens(encoder, masks)
     x, out = encoder.normalise(images), torch.empty(len(pairs), encoder.dim, device=images.device)
-    for m, left in enumerate(kept):                      # views under one mask have the same number of tokens
-        keep, at = left.nonzero()[:, 0], (pairs[:, 1] == m).nonzero()[:, 0]
-        for p in at.split(batch): out[p] = encoder.embed_tokens(x[pairs[p, 0]], keep.expand(len(p), -1)).float()
+    left = kept.sum(1)
+    for n in left.unique().tolist():                     # views with the same number of tokens go together
+        rank = (left == n).cumsum(0) - 1                 # a mask's row in `keep`
+        keep, at = kept[left == n].nonzero()[:, 1].view(-1, n), (left[pairs[:, 1]] == n).nonzero()[:, 0]
+        for p in at.split(batch): out[p] = encoder.embed_tokens(x[pairs[p, 0]], keep[rank[pairs[p, 1]]]).float()
     return out
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #9aa6a0fb
@@ -355,6 +357,7 @@ def windows_of(heat, w)->torch.Tensor: # int64 [n, 4]
     size = torch.full_like(top, w)
     return torch.stack([top, left, size, size], 1)
 
+# %% ../../nbs/defenses/03_poisoncam.ipynb #e771e2df
 def _vote(self:Search, rows, z, pairs)->Votes:
     own, base = self.own[rows].to(self.device), self.base[rows].to(self.device)
     return recluster_vote(z, self.centroids, own, base, self.bank, pairs, soft=self.how.soft)
@@ -364,7 +367,12 @@ def _glance(self:Search, rows)->tuple: # (pairs -> features, pairs, features, vo
     images = self.gather(rows)
     def see(pairs, masks=self.bank):
         with self.passes():
-            return masked_features(self.encoder, images, masks, self.how.drop, self.how.batch, pairs, self.dtype)
+            z = masked_features(self.encoder, images, masks, self.how.drop, self.how.batch, pairs, self.dtype)
+        odd = (~z.isfinite().all(1)).nonzero()[:1, 0]
+        if not len(odd): return z
+        key, advice = self.pictures.keys[int(rows[pairs[odd, 0].cpu()])], ': use precision=bf16'
+        if self.dtype != torch.float16: advice = ''
+        raise BdnbError(f"the encoder gives features that are not finite for {key} under a mask{advice}")
     pairs = torch.cartesian_prod(torch.arange(len(rows), device=self.device), self.early)
     z = see(pairs)
     return see, pairs, z, self.vote(rows, z, pairs)
@@ -384,6 +392,8 @@ def _locate(self:Search, rows)->Located:
         if len(more): heat = self.vote(rows, torch.cat([z, see(more)]), torch.cat([pairs, more])).heat
     if asks_alone(self.how):
         heat, spent = heat - self.vote(rows, see(pairs, ~self.bank), pairs).heat, spent + len(self.early)
+    seen = self.bank.any(0)
+    if not seen.all(): heat[:, ~seen] = heat[:, seen].mean(1, keepdim=True)      # under no random mask: neither hot nor cold
     return Located(windows_of(heat, self.w), heat, drop, spent)
 
 def _quiet_drop(self:Search)->dict:
@@ -598,8 +608,9 @@ def _heat(self:Search, rows)->torch.Tensor: # float [n, S, S] on the CPU
     return torch.cat([self.locate(p).heat.cpu() for p in rows.split(8)])
 
 def _ranking(self:Search, score)->torch.Tensor: # int64 [N]
-    "Best first; a picture that was not examined counts as 0, and of equals the first comes first."
-    return score.nan_to_num(0.).sort(descending=True, stable=True).indices
+    "Best first; a picture that was not examined counts as 0, and equals come in an order drawn from the seed, not the folder's."
+    drawn = torch.randperm(len(score), generator=rng('ranking', self.how.seed))
+    return drawn[score[drawn].nan_to_num(0.).sort(descending=True, stable=True).indices]
 
 Search.look, Search.findings, Search.heat, Search.chance_to_miss = _look, _findings, _heat, _chance_to_miss
 Search.ranking = _ranking
@@ -613,6 +624,8 @@ def _learn(self:Search, proof, score, window)->dict: # the networks' weights, by
     clean = order[round(how.top_share*self.n):]
     validation = proof, order[-len(proof):]
     clean = clean[~torch.isin(clean, torch.cat(validation))]
+    unproven = clean[~(score[clean] >= self.bar)]                                # what is proven is not clean,
+    clean = unproven if 2*len(unproven) >= len(clean) else clean                 # but of a tiny pile most may reach the bar
     self.stages.bar.hint = ', a second opinion may follow'
     self.stages.expect(like=(None, 1), classifier=r.steps)
     self.foresee_filter()

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STEMS', 'RESNETS', 'VITS', 'HEADS', 'ELSEWHERE', 'AVERAGES', 'BODY', 'ResNetEncoder', 'ViTEncoder', 'Encoder',
            'ClipEncoder', 'list_encoders', 'usual_stem', 'usual_patch', 'build_encoder_net', 'torchvision_encoder',
-           'timm_encoder', 'timm_kept', 'encoder_layout', 'create_encoder', 'encode', 'save_encoder', 'names_elsewhere',
-           'numbered', 'strip_prefix', 'lightlys', 'fitting', 'encoder_fields', 'load_encoder']
+           'timm_encoder', 'timm_kept', 'encoder_layout', 'create_encoder', 'wave_positions', 'fix_positions', 'encode',
+           'save_encoder', 'names_elsewhere', 'numbered', 'strip_prefix', 'lightlys', 'fitting', 'encoder_fields',
+           'load_encoder']
 
 # %% ../../nbs/models/11_encoders.ipynb #4636f271
 import re, warnings
@@ -195,6 +196,26 @@ def create_encoder(name:str='resnet18', # see `list_encoders()`; without a stem 
         torch.default_generator.manual_seed(derive_seed('encoder', seed))
         net = build_encoder_net(name, width, image_size)
     return Encoder(net, name, image_size, None, width, mean, std)
+
+# %% ../../nbs/models/11_encoders.ipynb #8c422ea0
+def wave_positions(side:int, # patches along a side
+                   dim:int, # a multiple of 4
+                   slowest:float=10_000.)->torch.Tensor: # float32 [side^2, dim]
+    "Sines and cosines of where a patch is, `vits.py` of MoCo v3: across in the first half, down in the second."
+    if dim % 4: raise BdnbError(f"positions by sines and cosines need a width that 4 divides, not {dim}")
+    rate = slowest**-(torch.arange(dim//4, dtype=torch.float32)/(dim//4))
+    down, across = torch.meshgrid(torch.arange(side), torch.arange(side), indexing='ij')
+    waves = [f(at.flatten()[:, None]*rate) for at in (across, down) for f in (torch.sin, torch.cos)]
+    return torch.cat(waves, 1)
+
+@torch.no_grad()
+def fix_positions(encoder:Encoder): # a ViT, in place
+    "Give a transformer positions by sines and cosines, which are not learned; other tokens than patches get none."
+    net = encoder.net
+    p = net.vit.encoder.pos_embedding if hasattr(net, 'vit') else net.pos_embed
+    patches = wave_positions(encoder.image_size//encoder.patch, p.shape[2])
+    p.copy_(torch.cat([torch.zeros(p.shape[1] - len(patches), p.shape[2]), patches])[None])
+    p.requires_grad_(False)
 
 # %% ../../nbs/models/11_encoders.ipynb #c1d350aa
 def encode(encoder:Encoder,

@@ -15,7 +15,7 @@ from ..core import BdnbError, derive_seed, did_you_mean
 from ..data.batches import Batches
 from ..data.views import VIEWS, Views
 from ..models.encoders import Encoder
-from ..train import fit, run_marks
+from ..train import fit, run_marks, steps_of
 
 # %% ../../nbs/objectives/03_ssl.ipynb #7081a237
 METHODS = ('simclr', 'mocov2', 'byol', 'mocov3')
@@ -25,9 +25,13 @@ def _lightly():
     except ImportError as e: raise BdnbError("self-supervised training needs lightly: pip install lightly") from e
     return lightly
 
-def make_heads(method:str, dim:int, hidden:int, out:int, norm:bool)->tuple: # (projector, predictor or None)
-    "lightly's heads for a method; `norm` puts batch normalisation into MoCo v2's, which has none as published."
+def make_heads(method:str, dim:int, hidden:int, out:int, norm:bool, vit:bool=False)->tuple: # (projector, predictor or None)
+    """lightly's heads for a method; `norm` puts batch normalisation into MoCo v2's, which has none as published.
+
+    MoCo v3 has others for transformers (`vit`): three layers, and a predictor that ends in batch normalisation."""
     heads = _lightly().models.modules.heads
+    if method == 'mocov3' and vit:
+        return heads.SimCLRProjectionHead(dim, hidden, out, num_layers=3), heads.SimCLRProjectionHead(out, hidden, out)
     if method == 'simclr' or method == 'mocov2' and norm: return heads.SimCLRProjectionHead(dim, hidden, out), None
     if method == 'mocov2': return heads.MoCoProjectionHead(dim, hidden, out), None
     if method == 'byol': return heads.BYOLProjectionHead(dim, hidden, out), heads.BYOLPredictionHead(out, hidden, out)
@@ -74,15 +78,15 @@ class SslLearner(nn.Module):
         self.momentum, self.momentum_end = momentum, momentum_end
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed('ssl heads', seed))
-            self.projector, self.predictor = make_heads(method, encoder.dim, hidden, out, norm)
+            self.projector, self.predictor = make_heads(method, encoder.dim, hidden, out, norm, encoder.patch is not None)
         if freeze_patch and encoder.patch: next(m for m in encoder.modules() if isinstance(m, nn.Conv2d)).requires_grad_(False)
         if method != 'simclr':
             self.slow_encoder, self.slow_projector = copy.deepcopy(encoder), copy.deepcopy(self.projector)
             for p in [*self.slow_encoder.parameters(), *self.slow_projector.parameters()]: p.requires_grad_(False)
         self.register_buffer('step', torch.zeros((), dtype=torch.int64))
-        inside = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if method == 'mocov2': self.queue = Queue(queue, out, temperature, inside, seed)
-        if method == 'simclr': self.nt_xent = _lightly().loss.NTXentLoss(temperature, gather_distributed=inside)
+        gather = torch.distributed.is_available()                          # lightly asks at every step whether there are others
+        if method == 'mocov2': self.queue = Queue(queue, out, temperature, gather, seed)
+        if method == 'simclr': self.nt_xent = _lightly().loss.NTXentLoss(temperature, gather_distributed=gather)
         if method == 'byol': self.cosine = _lightly().loss.NegativeCosineSimilarity()
 
     def _momentum(self):
@@ -131,7 +135,8 @@ class SslObjective:
 class SslRecipe:
     """Everything a self-supervised training fixes. Defaults are MoCo v2's published ones (SSL-Backdoor, moco/) but for the size.
 
-    Two more are ours: `hidden` (theirs is the features' width, 512 for a ResNet-18), and no weight decay of norms and biases."""
+    Ours are also the `views`, which do not blur at any size, `hidden` (theirs is the features' width, 512 for a ResNet-18),
+    and no weight decay of norms and biases."""
     method:str='mocov2'         # one of `METHODS`
     encoder:str='resnet18'      # see `list_encoders`
     width:int=None              # channels of the first stage
@@ -164,8 +169,11 @@ class SslRecipe:
         return SslObjective(replace(views, size=self.image_size))
 
     def new_encoder(self, seed:int=0)->Encoder:
-        from bdnb.models.encoders import create_encoder
-        return create_encoder(self.encoder, self.width, self.image_size, seed, self.mean, self.std)
+        "With random weights; a transformer of MoCo v3 gets positions that are not learned, as published."
+        from bdnb.models.encoders import create_encoder, fix_positions
+        encoder = create_encoder(self.encoder, self.width, self.image_size, seed, self.mean, self.std)
+        if self.method == 'mocov3' and encoder.patch: fix_positions(encoder)
+        return encoder
 
 # %% ../../nbs/objectives/03_ssl.ipynb #5f0bd134
 def train_encoder(corpus, # pictures; labels are not looked at
@@ -179,7 +187,7 @@ def train_encoder(corpus, # pictures; labels are not looked at
     Raises `BdnbError` for bad options, a loss that is not finite, and a folder that holds a run of another recipe."""
     start, encoder = time.time(), recipe.new_encoder(seed)
     batches = Batches(corpus, recipe.batch_size, seed=seed, size=recipe.image_size)
-    steps = max(1, round(recipe.epochs*len(batches)))
+    steps = max(1, steps_of(recipe.epochs, batches, options))
     learner = SslLearner(encoder, recipe.method, recipe.hidden, recipe.out, recipe.temperature, recipe.queue, recipe.momentum,
                          recipe.momentum_end, steps, recipe.norm, recipe.freeze_patch, recipe.late_queue, seed)
     settings = dict(steps=steps, lr=recipe.lr, weight_decay=recipe.weight_decay, warmup=recipe.warmup, optimizer=recipe.optimizer,
