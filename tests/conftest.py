@@ -68,6 +68,12 @@ def start_two(work, *args):
     return [p.exitcode for p in pair]
 
 
+def saved_by_two(work, folder):
+    "What `work(rank, port, folder)` saved as `RANK.pt` in each of two processes."
+    assert start_two(work, folder) == [0, 0]
+    return [torch.load(folder/f'{r}.pt', weights_only=True) for r in (0, 1)]
+
+
 def state(m): return {k: v.clone() for k, v in m.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 

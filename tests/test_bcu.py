@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from conftest import as_launched, leave_together, needs_fork, refused, same, start_two, state
+from conftest import as_launched, leave_together, needs_fork, refused, same, saved_by_two, state
 from bdnb.core import BdnbError
 from bdnb.data.corpus import ArrayCorpus
 from bdnb.data.doors import open_corpus
@@ -411,8 +411,7 @@ def one_of_two(rank, port, folder):
 @needs_fork
 def test_two_processes_pick_one_scale(tmp_path):
     "The first process decides; the odd pictures at the end, which two cannot share, are left out of every epoch."
-    assert start_two(one_of_two, tmp_path) == [0, 0]
-    one, other = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in (0, 1))
+    one, other = saved_by_two(one_of_two, tmp_path)
     assert one['said'] == other['said'] and torch.equal(one['weights'], other['weights']) and one['said'][2:4] == [0., 1.]
 
 

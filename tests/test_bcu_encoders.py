@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from conftest import as_launched, leave_together, needs_fork, same, start_two, state
+from conftest import as_launched, leave_together, needs_fork, same, saved_by_two, state
 from bdnb.core import BdnbError, derive_seed
 from bdnb.data.batches import Batches
 from bdnb.data.corpus import ArrayCorpus
@@ -109,8 +109,7 @@ def one_of_two(rank, port, folder):
 @needs_fork
 def test_two_processes_cleanse_a_clip(tmp_path):
     "Six steps: from the second on, each would wait for gradients of a text tower that nobody ran."
-    assert start_two(one_of_two, tmp_path) == [0, 0]
-    one, other = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in (0, 1))
+    one, other = saved_by_two(one_of_two, tmp_path)
     learned = lambda w: {k: v for k, v in w.items() if 'running' not in k}               # statistics are of one's own pictures
     assert same(learned(one), learned(other)) and not same(one, state(create_model('tiny', image_size=32)))
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import as_launched, leave_together, needs_fork, same, start_two, state
+from conftest import as_launched, leave_together, needs_fork, same, saved_by_two, state
 from bdnb.core import BdnbError
 from bdnb.data.batches import Batches
 from bdnb.data.corpus import ArrayCorpus
@@ -171,8 +171,7 @@ def one_of_two(rank, port, folder):
 @needs_fork
 def test_two_processes_prune_alike(tmp_path):
     "And the two pictures at the end, one for each, which have no batch statistics, are left out."
-    assert start_two(one_of_two, tmp_path) == [0, 0]
-    one, other = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in (0, 1))
+    one, other = saved_by_two(one_of_two, tmp_path)
     assert same(one, other) and not same(one, state(slim()))
 
 

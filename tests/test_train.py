@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from conftest import as_launched, fork, leave_together, needs_fork, start_two
+from conftest import as_launched, fork, leave_together, needs_fork, saved_by_two, start_two
 import bdnb.train as train
 from bdnb.core import BdnbError
 from bdnb.data.batches import Batches
@@ -538,8 +538,7 @@ def contrast_of_two(rank, port, folder):
 @needs_fork
 def test_two_processes_fill_one_queue(tmp_path):
     "Also in the first training, whose learner is made before the processes know of each other."
-    assert start_two(contrast_of_two, tmp_path) == [0, 0]
-    one, other = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in (0, 1))
+    one, other = saved_by_two(contrast_of_two, tmp_path)
     alone, start = weights(contrast(MOCO)), weights(MOCO.new_encoder(0))
     assert torch.equal(one, other) and (one - alone).abs().max() < 1e-4 < .003 < (alone - start).abs().max()
 
