@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'PRECISIONS', 'cosine', 'official', 'constant', 'parameter_groups', 'make_optimizer',
            'digest', 'run_marks', 'run_device', 'History', 'fast_bf16', 'settled_precision', 'check_learner',
-           'check_precision', 'apart', 'fitting', 'steps_of', 'agreed', 'fit', 'put_back']
+           'check_precision', 'apart', 'fitting', 'steps_of', 'agreed', 'fit', 'put_back', 'channels_last']
 
 # %% ../nbs/objectives/10_train.ipynb #61cf7fae
 import copy, hashlib, json, math, os, sys, time
@@ -483,3 +483,12 @@ def put_back(model): # an `nn.Module` that is trained inside
         raise
     finally:
         for p, flag in flags: p.requires_grad_(flag)
+
+# %% ../nbs/objectives/10_train.ipynb #9d206f8d
+@contextmanager
+def channels_last(model, wanted:bool=True): # an `nn.Module` that is trained inside; False: nothing is done
+    "Convolutions compute with the channels last; afterwards the weights lie as they did."
+    if wanted: model.to(memory_format=torch.channels_last)
+    try: yield
+    finally:
+        if wanted: model.to(memory_format=torch.contiguous_format)

@@ -1,10 +1,11 @@
 """What does BCU cost? Against the training of its victim, and against a loop written as the official recipe has it.
 
-    python bench/bcu.py [--out results/race-bcu.json] [--races plain crops study victim]
+    python bench/bcu.py [--out results/race-bcu.json] [--races plain crops study last last_crops victim]
 
-Two races on ShapeCaps with a slim ResNet-18, each over the same number of epochs:
+Races on ShapeCaps with a slim ResNet-18, each over the same number of epochs:
 
-- `BCU.cleanse`, in float32 and as the study runs it, against the official recipe's loop (`defense/ft/distillation_dropout_increase.py`, described, not copied): PIL
+- `BCU.cleanse`, in float32 (plain, crops), as the study runs it (study) and with the channels last, as `bdnb cleanse` does (last,
+  last_crops), against the official recipe's loop (`defense/ft/distillation_dropout_increase.py`, described, not copied): PIL
   pictures transformed one by one in a `DataLoader` without workers, the teacher asked anew at every step, and after every epoch two
   test passes, clean and triggered, with gradients being recorded. The test sets are to the pool what CIFAR-10's are to its 5,000
   pictures: twice as many clean ones, 1.8 times as many triggered ones. Our side is charged for one evaluation at its end. Goal: 3.
@@ -86,15 +87,15 @@ def official(model, pool, test, trigger, o):
 def ours(model, pool, test, trigger, o):
     "Seconds of `BCU.cleanse` and one evaluation."
     model, start = copy.deepcopy(model), now()
-    BCU(scale=4., epochs=o.epochs, batch_size=o.batch, crop_flip=o.augment, precision=o.precision).cleanse(model, pool, quiet=True,
-                                                                                                           device='cpu')
+    cure = BCU(scale=4., epochs=o.epochs, batch_size=o.batch, crop_flip=o.augment, precision=o.precision, channels_last=o.last)
+    cure.cleanse(model, pool, quiet=True, device='cpu')
     evaluate_classifier(model.eval(), test, trigger, test.classes[0])
     return now() - start
 
 
-def race_loop(o, augment, precision):
+def race_loop(o, augment, precision='no', last=False):
     "Our loop against the official recipe's."
-    o.augment, o.precision = augment, settled_precision(precision, 'cpu')
+    o.augment, o.last, o.precision = augment, last, settled_precision(precision, 'cpu')
     model, trigger = create_classifier('resnet18', 12, width=o.width), make_trigger('badnet:size=3')
     pool, test = ShapeCaps(o.n, split='clean'), ShapeCaps(2*o.n, split='test')
     pool = ArrayCorpus(pool.images, pool.keys, name='pool')
@@ -107,7 +108,7 @@ def race_loop(o, augment, precision):
     a, b = statistics.median(mine), statistics.median(theirs)
     size = (f'ResNet-18 of width {o.width}, {o.n} pictures, {o.epochs} epochs, batch {o.batch}, {len(test)} clean and {stamped} '
             f"triggered test pictures, {'crop and flip' if augment else 'no augmentation'}, ours in "
-            f"{'float32' if o.precision == 'no' else o.precision}")
+            f"{'float32' if o.precision == 'no' else o.precision}{', channels last' if last else ''}")
     return dict(what='BCU loop', size=size, ours='bdnb BCU.cleanse and one evaluation', peer="the official recipe's loop",
                 ours_value=a, peer_value=b, unit='CPU-s', ratio=b/a, goal=3.)
 
@@ -132,8 +133,8 @@ def race_victim(o):
                 ours_value=a, peer_value=b, unit='CPU-s', ratio=b/a)
 
 
-RACES = dict(plain=lambda o: race_loop(o, False, 'no'), crops=lambda o: race_loop(o, True, 'no'),
-             study=lambda o: race_loop(o, False, 'auto'), victim=race_victim)
+RACES = dict(plain=lambda o: race_loop(o, False), crops=lambda o: race_loop(o, True), study=lambda o: race_loop(o, False, 'auto'),
+             last=lambda o: race_loop(o, False, last=True), last_crops=lambda o: race_loop(o, True, last=True), victim=race_victim)
 
 
 def main():

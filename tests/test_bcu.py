@@ -303,6 +303,23 @@ class Stop(Exception): pass
 def stop(*_): raise Stop
 
 
+def test_channels_last_learns_the_same_and_goes_on_after_a_kill(pool, tmp_path):
+    "Equal up to rounding; the weights lie as they did; bit for bit when killed, with the teacher asked at every step or once."
+    plain = slim()
+    quick(epochs=1).cleanse(plain, pool, quiet=True, device='cpu')
+    for view in (False, True):
+        how, whole, parts = quick(epochs=1, channels_last=True, crop_flip=view), slim(), slim()
+        run = lambda model, **o: how.cleanse(model, pool, quiet=True, device='cpu', **o)
+        run(whole)
+        assert all(v.is_contiguous() for v in whole.state_dict().values())
+        if not view: assert all(torch.allclose(v.float(), state(whole)[k].float(), atol=1e-3) for k, v in state(plain).items())
+        out = dict(out=tmp_path/f'view{view}', checkpoint_every=1)
+        with pytest.raises(Stop): run(parts, on_epoch=stop, **out)
+        assert same(state(parts), state(slim())) and all(v.is_contiguous() for v in parts.state_dict().values())
+        run(parts, **out)
+        assert same(state(parts), state(whole))
+
+
 @pytest.mark.parametrize('view', [False, True])
 def test_a_run_of_another_scale_or_victim_is_not_gone_on_from(pool, tmp_path, view):
     how = quick(scale=0., crop_flip=view)

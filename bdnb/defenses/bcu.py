@@ -25,7 +25,7 @@ from ..models.classifiers import (ARCHITECTURES, Classifier, classifier_logits, 
                                      torchvision_names)
 from ..models.encoders import RESNETS, VITS, create_encoder
 from ..objectives.distill import Distillation, drawn_view, ramp_checks
-from ..train import agreed, check_learner, fit, fitting, put_back, run_device, run_marks, steps_of
+from ..train import agreed, channels_last, check_learner, fit, fitting, put_back, run_device, run_marks, steps_of
 
 # %% ../../nbs/defenses/04_bcu.ipynb #39d49d35
 LAYERS = (nn.Linear, _ConvNd, nn.MultiheadAttention)
@@ -263,6 +263,7 @@ class BCU:
     ask_once:bool=True          # keep the teacher's answers where no view is drawn
     schedule:str='cosine'       # of the learning rate
     precision:str='no'          # 'bf16' or 'fp16' on a GPU
+    channels_last:bool=False    # faster where a network is made of large convolutions, equal up to rounding
     seed:int=0                  # of the reset and of the order
     grid:tuple=(1., 2., 4., 8., 16., 32.) # scales that 'auto' may take
     tolerance:float=.5          # share of the agreement beyond chance that the reset may cost in a probe of 'auto'
@@ -334,9 +335,10 @@ def distil(self:BCU, model, teacher, corpus, known=None, **options): # a `Histor
     objective = self.objective(teacher, corpus, known)
     self.reset(model)
     model.requires_grad_(True)
-    return fit(model, objective, batches, **dict(steps=steps, lr=self.lr, optimizer=self.optimizer, momentum=self.momentum,
-               weight_decay=self.weight_decay, warmup=round(self.warmup*steps), schedule=self.schedule,
-               precision=self.precision, seed=self.seed, what='BCU') | options)
+    with channels_last(model, self.channels_last):
+        return fit(model, objective, batches, **dict(steps=steps, lr=self.lr, optimizer=self.optimizer, momentum=self.momentum,
+                   weight_decay=self.weight_decay, warmup=round(self.warmup*steps), schedule=self.schedule,
+                   precision=self.precision, seed=self.seed, what='BCU') | options)
 
 def pick_scale(self:BCU, model, corpus, held, **options)->tuple: # (scale, probes); options go to `fit`
     "The automatic scale: distillation alone sets the standard, then bisection."
@@ -383,7 +385,7 @@ def cleanse(self:BCU,
     if beside is not None: corpus = with_others(corpus, beside, model.image_size)
     teacher = copy.deepcopy(model).requires_grad_(False).eval().to(run_device(options.get('device')))
     scale, probes = self.scale, ()
-    with put_back(model):
+    with put_back(model), channels_last(teacher, self.channels_last):
         options |= dict(quiet=quiet, known=self.known(teacher, corpus))
         if scale == 'auto':
             short = {k: v for k, v in options.items() if k not in ('on_epoch', 'resume', 'tensorboard')}

@@ -78,7 +78,7 @@ class EncoderBCU(BCU):
         return replace(found, model=model)
 
 # %% ../../nbs/defenses/07_bcu_encoders.ipynb #de8aecd3
-QUICK = dict(scale='auto', epochs=20, batch_size=64, optimizer='adamw', lr=2e-3, weight_decay=.05, warmup=.05)
+QUICK = dict(scale='auto', epochs=20, batch_size=64, optimizer='adamw', lr=2e-3, weight_decay=.05, warmup=.05, channels_last=True)
 
 def load_any(path, **given): # a `Classifier`, an `Encoder` or a `ClipModel`, in evaluation mode
     "Whatever model a checkpoint holds; `given` (name, classes, width, image_size, mean, std) is for files that do not say it."
