@@ -486,8 +486,11 @@ def put_back(model): # an `nn.Module` that is trained inside
 
 # %% ../nbs/objectives/10_train.ipynb #9d206f8d
 @contextmanager
-def channels_last(model, wanted:bool=True): # an `nn.Module` that is trained inside; False: nothing is done
-    "Convolutions compute with the channels last; afterwards the weights lie as they did."
+def channels_last(model, # an `nn.Module` that is trained inside
+                  wanted:bool=True, # False: nothing is done
+                  device:str=None): # as for `fit`
+    "On a processor convolutions compute with the channels last, and afterwards the weights lie as they did. On a GPU: nothing."
+    wanted = wanted and run_device(device).type == 'cpu'
     if wanted: model.to(memory_format=torch.channels_last)
     try: yield
     finally:

@@ -263,7 +263,7 @@ class BCU:
     ask_once:bool=True          # keep the teacher's answers where no view is drawn
     schedule:str='cosine'       # of the learning rate
     precision:str='no'          # 'bf16' or 'fp16' on a GPU
-    channels_last:bool=False    # faster where a network is made of large convolutions, equal up to rounding
+    channels_last:bool=False    # on a processor: convolutions mostly compute faster, and equal up to rounding
     seed:int=0                  # of the reset and of the order
     grid:tuple=(1., 2., 4., 8., 16., 32.) # scales that 'auto' may take
     tolerance:float=.5          # share of the agreement beyond chance that the reset may cost in a probe of 'auto'
@@ -335,7 +335,7 @@ def distil(self:BCU, model, teacher, corpus, known=None, **options): # a `Histor
     objective = self.objective(teacher, corpus, known)
     self.reset(model)
     model.requires_grad_(True)
-    with channels_last(model, self.channels_last):
+    with channels_last(model, self.channels_last, options.get('device')):
         return fit(model, objective, batches, **dict(steps=steps, lr=self.lr, optimizer=self.optimizer, momentum=self.momentum,
                    weight_decay=self.weight_decay, warmup=round(self.warmup*steps), schedule=self.schedule,
                    precision=self.precision, seed=self.seed, what='BCU') | options)
@@ -385,7 +385,7 @@ def cleanse(self:BCU,
     if beside is not None: corpus = with_others(corpus, beside, model.image_size)
     teacher = copy.deepcopy(model).requires_grad_(False).eval().to(run_device(options.get('device')))
     scale, probes = self.scale, ()
-    with put_back(model), channels_last(teacher, self.channels_last):
+    with put_back(model), channels_last(teacher, self.channels_last, options.get('device')):
         options |= dict(quiet=quiet, known=self.known(teacher, corpus))
         if scale == 'auto':
             short = {k: v for k, v in options.items() if k not in ('on_epoch', 'resume', 'tensorboard')}
