@@ -100,7 +100,7 @@ def dropped_features(encoder, images, masks, pairs, batch:int=512)->torch.Tensor
 
 # %% ../../nbs/defenses/03_poisoncam.ipynb #9aa6a0fb
 def miss_bound(look:int, pass_above:int, rate:float)->float:
-    "Probability that a crop which moves the share `rate` of test pictures is dropped at the first look."
+    "Probability that a crop which moves the share `rate` of test pictures is dropped at the first check."
     return sum(math.comb(look, i)*rate**i*(1 - rate)**(look - i) for i in range(pass_above + 1))
 
 def decided(hits, n:int, rate:float)->torch.Tensor: # bool [m]
@@ -164,10 +164,10 @@ class PoisonCAM:
     drop:bool=False             # a transformer's covered tokens are left out
     skip:float=0.               # share of pictures that no mask disturbs much, which are not scored (ours)
     tests:int=1000              # test pictures (PatchSearch F)
-    sequential:bool=True        # a first look before the full score
-    look:int=32                 # test pictures of the first look (ours)
+    sequential:bool=True        # a first check before the full score
+    look:int=32                 # test pictures of the first check (ours)
     pass_above:int=2            # pictures that it must move (ours)
-    confirm:int=128             # test pictures of a second look, the last for crops far from `evidence`; then doublings (ours)
+    confirm:int=128             # test pictures of a second check, the last for crops far from `evidence`; then doublings (ours)
     search:str='adaptive'       # PatchSearch's pruning; 'adaptive': then more from clusters that score high (ours); or 'all'
     per_round:int=2             # pictures a cluster and round (PatchSearch s)
     prune:float=.25             # share of clusters dropped a round (PatchSearch r)
@@ -600,7 +600,7 @@ def _findings(self:Search)->Findings:
     return found
 
 def _chance_to_miss(self:Search)->float:
-    "That the first look stops a crop which just reaches the bar; 0 where it is the last."
+    "That the first check stops a crop which just reaches the bar; 0 where it is the last."
     first, *more = self.looks()
     return miss_bound(first, min(self.how.pass_above, math.ceil(self.bar*first) - 1), self.bar) if more else 0.
 
